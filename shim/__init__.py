@@ -1,0 +1,3 @@
+"""Run Grand Challenge algorithms on Amazon SageMaker, unchanged."""
+
+__version__ = "0.9.0"

@@ -1,0 +1,1 @@
+"""A small S3 client over the standard library that could be lifted out whole."""

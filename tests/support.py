@@ -1,0 +1,31 @@
+"""What several test modules share: skips with their reasons, free ports, polling."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: switches users")
+
+UNPRIVILEGED_UID = 65534
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def poll(condition: Callable[[], object], *, seconds: float = 10, every: float = 0.01) -> object:
+    """Return the first true value of condition(); fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not true within {seconds} s: {condition}")
+        time.sleep(every)
+    return value
