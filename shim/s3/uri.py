@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 # botocore handlers.py: VALID_BUCKET, _ACCESSPOINT_ARN (also Object Lambda), _OUTPOST_ARN.
 _PLAIN = r"[a-zA-Z0-9.\-_]{1,255}"
-_ACCESS_POINT_ARN = r"arn:aws[^/]*:(?:s3|s3-object-lambda):[a-z\-0-9]*:[0-9]{12}:accesspoint[/:][a-zA-Z0-9\-.]{1,63}"
+_ACCESS_POINT_ARN = (
+    r"arn:aws[^/\n]*:(?:s3|s3-object-lambda):[a-z\-0-9]*:[0-9]{12}:"
+    r"accesspoint[/:][a-zA-Z0-9\-.]{1,63}"
+)
 _OUTPOST_ARN = (
-    r"arn:aws[^/]*:s3-outposts:[a-z\-0-9]+:[0-9]{12}:outpost[/:][a-zA-Z0-9\-]{1,63}"
+    r"arn:aws[^/\n]*:s3-outposts:[a-z\-0-9]+:[0-9]{12}:outpost[/:][a-zA-Z0-9\-]{1,63}"
     r"[/:]accesspoint[/:][a-zA-Z0-9\-]{1,63}"
 )
 _BUCKET = re.compile(f"{_PLAIN}|{_ACCESS_POINT_ARN}|{_OUTPOST_ARN}")
