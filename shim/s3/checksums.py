@@ -1,0 +1,79 @@
+"""CRC32 as S3 writes it, and the CRC32 of joined parts from those of the parts."""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+
+_POLYNOMIAL = 0xEDB88320
+
+
+def encode_crc32(crc: int) -> str:
+    """Return the value of an `x-amz-checksum-crc32` header."""
+    return binascii.b2a_base64(crc.to_bytes(4, "big"), newline=False).decode()
+
+
+def _multiply(a: int, b: int) -> int:
+    """Multiply two bit-reflected polynomials modulo that of CRC32."""
+    bit, product = 1 << 31, 0
+    while True:
+        if a & bit:
+            product ^= b
+            if not a & (bit - 1):
+                return product
+        bit >>= 1
+        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
+
+
+@lru_cache(maxsize=64)
+def _shift(length: int) -> int:
+    """Return x^(8 * length): what appending that many zero bytes does to a CRC."""
+    result, square = 1 << 31, 1 << 23  # x^0, x^8
+    while length:
+        if length & 1:
+            result = _multiply(square, result)
+        square = _multiply(square, square)
+        length >>= 1
+    return result
+
+
+def combine_crc32(parts: Iterable[tuple[int, int]]) -> int:
+    """Return the CRC32 of joined parts, given each one's CRC32 and length in bytes."""
+    total = 0
+    for crc, length in parts:
+        total = _multiply(_shift(length), total) ^ crc
+    return total
+
+
+class Checksum:
+    """The digest of a whole object that is read in order, against what its answer announced.
+
+    Values with "-" are checksums of checksums of parts; they cannot be computed from the bytes.
+    CRC32C and CRC64NVME are left alone: the standard library has neither.
+    """
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self.algorithm = self.expected = ""
+        for algorithm in ("crc32", "sha256", "sha1"):
+            value = headers.get(f"x-amz-checksum-{algorithm}", "")
+            if value and "-" not in value:
+                self.algorithm, self.expected = algorithm, value
+                break
+        self._crc = 0
+        self._hash = hashlib.new(self.algorithm) if self.algorithm[:3] == "sha" else None
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes of the object."""
+        if self._hash:
+            self._hash.update(data)
+        elif self.algorithm:
+            self._crc = zlib.crc32(data, self._crc)
+
+    def value(self) -> str:
+        """Return the digest of what was read, written as in the header."""
+        if self._hash:
+            return binascii.b2a_base64(self._hash.digest(), newline=False).decode()
+        return encode_crc32(self._crc)
