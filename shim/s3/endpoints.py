@@ -1,0 +1,368 @@
+"""Which host, path and signing region serve a bucket.
+
+The rules are those of botocore's rule set (data/s3/2006-03-01/endpoint-rule-set-1.json), the
+configuration's order of precedence is boto3's; its sentences are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from urllib.parse import quote, urlsplit
+
+from shim.s3.errors import EndpointUnresolved
+
+GLOBAL_REGION = "aws-global"
+
+# Prefix of the region's name -> name and DNS suffix of the partition (data/partitions.json).
+PARTITIONS = {
+    "cn-": ("aws-cn", "amazonaws.com.cn"),
+    "us-gov-": ("aws-us-gov", "amazonaws.com"),
+    "us-iso-": ("aws-iso", "c2s.ic.gov"),
+    "us-isob-": ("aws-iso-b", "sc2s.sgov.gov"),
+    "us-isof-": ("aws-iso-f", "csp.hci.ic.gov"),
+    "eu-isoe-": ("aws-iso-e", "cloud.adc-e.uk"),
+    "eusc-de-": ("aws-eusc", "amazonaws.eu"),
+}
+
+# botocore args.py: LEGACY_GLOBAL_STS_REGIONS.
+LEGACY_STS_REGIONS = frozenset(
+    "ap-northeast-1 ap-south-1 ap-southeast-1 ap-southeast-2 aws-global ca-central-1 eu-central-1 "
+    "eu-north-1 eu-west-1 eu-west-2 eu-west-3 sa-east-1 us-east-1 us-east-2 us-west-1 us-west-2"
+    "".split()
+)
+
+_LABEL = re.compile(r"(?!-)[a-zA-Z0-9-]{1,63}(?<!-)")
+_IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}")
+_HOST_NAME = re.compile(r"[a-zA-Z0-9._-]+|[0-9a-fA-F:.]+")
+_AWS_HOST = re.compile(
+    r"(?:.*\.)?s3(?:-fips)?(?:\.dualstack)?[.-](?P<region>[a-z]+-[a-z0-9-]+-[0-9]+)\."
+    r"(?:vpce\.)?amazonaws\.com(?:\.cn)?"
+)
+
+_INVALID_NAME = "Invalid ARN: The {} may only contain a-z, A-Z, 0-9 and `-`. Found: `{}`"
+
+_UNSUPPORTED = {
+    "--x-s3": "Directory buckets (S3 Express One Zone)",
+    "--xa-s3": "Access points of directory buckets (S3 Express One Zone)",
+    "--op-s3": "Aliases of Outposts access points",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndpointConfiguration:
+    """What the environment says about endpoints; no region means the global endpoint."""
+
+    region: str | None = None
+    endpoint_url: str | None = None
+    addressing_style: str = "auto"
+    use_fips: bool = False
+    use_dualstack: bool = False
+    use_accelerate: bool = False
+    use_arn_region: bool = True
+    use_global_endpoint: bool = False  # of us-east-1
+    ca_bundle: str | None = None
+
+    @classmethod
+    def from_environ(
+        cls, environ: Mapping[str, str], profile: Mapping[str, str]
+    ) -> EndpointConfiguration:
+        """Read the environment, then the profile's settings; an empty text counts as unset."""
+
+        def setting(variable: str, key: str, default: str = "") -> str:
+            return environ.get(variable) or profile.get(key) or default
+
+        endpoint_url = configured_endpoint_url(environ, profile, service="s3")
+        region = configured_region(environ, profile) or _region_of_aws_host(endpoint_url)
+        fips_region = bool(region and (region.startswith("fips-") or region.endswith("-fips")))
+        if region:
+            region = region.replace("fips-", "").replace("-fips", "")
+        fips = setting("AWS_USE_FIPS_ENDPOINT", "use_fips_endpoint")
+        dualstack = profile.get("s3.use_dualstack_endpoint") or setting(
+            "AWS_USE_DUALSTACK_ENDPOINT", "use_dualstack_endpoint"
+        )
+        regional = setting(
+            "AWS_S3_US_EAST_1_REGIONAL_ENDPOINT", "s3.us_east_1_regional_endpoint", "legacy"
+        )
+        return cls(
+            region=region,
+            endpoint_url=endpoint_url,
+            addressing_style=profile.get("s3.addressing_style") or "auto",
+            use_fips=not endpoint_url and (fips_region or is_true(fips)),
+            use_dualstack=not endpoint_url and is_true(dualstack),
+            use_accelerate=is_true(profile.get("s3.use_accelerate_endpoint", "")),
+            use_arn_region=is_true(setting("AWS_S3_USE_ARN_REGION", "s3.use_arn_region", "true")),
+            use_global_endpoint=regional != "regional",
+            ca_bundle=setting("AWS_CA_BUNDLE", "ca_bundle") or None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Endpoint:
+    """Where requests for one bucket go, and what they are signed for.
+
+    host is the Host header: with the port unless it is the scheme's default.
+    base_path stands before "/key": percent-encoded, without a final slash, and in path style with
+    the bucket.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    base_path: str
+    region: str
+    service: str
+
+    @property
+    def hostname(self) -> str:
+        """The name or address to connect to, IPv6 without brackets."""
+        return urlsplit(f"//{self.host}").hostname or ""
+
+
+def is_true(text: str) -> bool:
+    """Read a boolean as botocore does: only "true" is, in any case."""
+    return text.lower() == "true"
+
+
+def configured_region(environ: Mapping[str, str], profile: Mapping[str, str]) -> str | None:
+    """Return the region of the environment, then of the profile."""
+    region = environ.get("AWS_DEFAULT_REGION") or environ.get("AWS_REGION") or profile.get("region")
+    if region and not _is_label(region):
+        raise EndpointUnresolved(
+            f"Provided region_name {region!r} doesn't match a supported format."
+        )
+    return region or None
+
+
+def configured_endpoint_url(
+    environ: Mapping[str, str], profile: Mapping[str, str], *, service: str
+) -> str | None:
+    """Return the endpoint of a service ("s3", "sts"), the most specific setting first."""
+    if service == "s3" and environ.get("AWS_S3_ENDPOINT_URL"):
+        return environ["AWS_S3_ENDPOINT_URL"]
+    if is_true(
+        environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
+        or profile.get("ignore_configured_endpoint_urls", "")
+    ):
+        return None
+    return (
+        environ.get(f"AWS_ENDPOINT_URL_{service.upper()}")
+        or environ.get("AWS_ENDPOINT_URL")
+        or profile.get(f"services.{service}.endpoint_url")
+        or profile.get("endpoint_url")
+        or None
+    )
+
+
+def resolve_sts_url(environ: Mapping[str, str], profile: Mapping[str, str]) -> str:
+    """Return the URL of the Security Token Service, with a final slash."""
+    if endpoint_url := configured_endpoint_url(environ, profile, service="sts"):
+        return endpoint_url.rstrip("/") + "/"
+    region = configured_region(environ, profile) or GLOBAL_REGION
+    mode = environ.get("AWS_STS_REGIONAL_ENDPOINTS") or profile.get("sts_regional_endpoints")
+    if region == GLOBAL_REGION or (mode == "legacy" and region in LEGACY_STS_REGIONS):
+        return "https://sts.amazonaws.com/"
+    return f"https://sts.{region}.{partition(region)[1]}/"
+
+
+def partition(region: str) -> tuple[str, str]:
+    """Return name and DNS suffix of the partition that a region belongs to."""
+    for prefix, found in PARTITIONS.items():
+        if region.startswith(prefix):
+            return found
+    return "aws", "amazonaws.com"
+
+
+def resolve(
+    configuration: EndpointConfiguration, bucket: str, region: str | None = None
+) -> Endpoint:
+    """Return the endpoint of a bucket, raise EndpointUnresolved where none can be right.
+
+    region: what the service told of the bucket, instead of the configured one.
+    """
+    c = configuration
+    region = region or c.region or GLOBAL_REGION
+    unsupported = next((what for end, what in _UNSUPPORTED.items() if bucket.endswith(end)), None)
+    in_china = partition(region)[0] == "aws-cn"
+    custom = bool(c.endpoint_url)
+    _refuse(
+        (c.use_accelerate and c.use_fips, "Accelerate cannot be used with FIPS"),
+        (
+            custom and c.use_dualstack,
+            "Cannot set dual-stack in combination with a custom endpoint.",
+        ),
+        (custom and c.use_fips, "A custom endpoint cannot be combined with FIPS"),
+        (custom and c.use_accelerate, "A custom endpoint cannot be combined with S3 Accelerate"),
+        (c.use_fips and in_china, "Partition does not support FIPS"),
+        (not _is_label(region), "Invalid region: region was not a valid DNS name."),
+        (unsupported, f"{unsupported} are not supported: `{bucket}`"),
+    )
+    endpoint = _service_endpoint(c, region)
+    if bucket.startswith("arn:"):
+        return _resolve_arn(c, endpoint, region, bucket)
+    if _is_virtual_host(c, endpoint, bucket):
+        _refuse((c.use_accelerate and in_china, "S3 Accelerate cannot be used in this region"))
+        return replace(endpoint, host=f"{bucket}.{endpoint.host}")
+    _refuse((c.use_accelerate, "Path-style addressing cannot be used with S3 Accelerate"))
+    return replace(endpoint, base_path=f"{endpoint.base_path}/{quote(bucket, safe='')}")
+
+
+def _service_endpoint(c: EndpointConfiguration, region: str) -> Endpoint:
+    """The endpoint before a bucket has its place in it."""
+    signing_region = "us-east-1" if region == GLOBAL_REGION else region
+    if c.endpoint_url:
+        return _custom_endpoint(c.endpoint_url, signing_region)
+    fips, dualstack = "-fips" * c.use_fips, ".dualstack" * c.use_dualstack
+    is_global = region == GLOBAL_REGION or (region == "us-east-1" and c.use_global_endpoint)
+    if c.use_accelerate:
+        name = f"s3-accelerate{dualstack}"
+    elif is_global and not (fips or dualstack):
+        name = "s3"
+    else:
+        name = f"s3{fips}{dualstack}.{signing_region}"
+    host = f"{name}.{partition(region)[1]}"
+    return Endpoint(
+        scheme="https", host=host, port=443, base_path="", region=signing_region, service="s3"
+    )
+
+
+def _custom_endpoint(url: str, region: str) -> Endpoint:
+    try:
+        parts = urlsplit(url)
+        default_port = {"http": 80, "https": 443}[parts.scheme]
+        port = parts.port or default_port
+        hostname = parts.hostname or ""
+        valid = _HOST_NAME.fullmatch(hostname) and not parts.query
+    except (ValueError, KeyError):
+        valid = None
+    _refuse(
+        ("@" in url, "Custom endpoint must not hold a user name or a password"),
+        (not valid, f"Custom endpoint `{url}` was not a valid URI"),
+    )
+    host = f"[{hostname}]" if ":" in hostname else hostname
+    return Endpoint(
+        scheme=parts.scheme,
+        host=host if port == default_port else f"{host}:{port}",
+        port=port,
+        base_path=quote(parts.path.rstrip("/"), safe="/~%"),
+        region=region,
+        service="s3",
+    )
+
+
+def _is_virtual_host(c: EndpointConfiguration, endpoint: Endpoint, bucket: str) -> bool:
+    """Tell whether the bucket becomes part of the host name; it does not with a custom endpoint."""
+    asked = c.addressing_style == "virtual" or (c.addressing_style != "path" and not c.endpoint_url)
+    # No wildcard certificate covers a name with dots.
+    labels = bucket.split(".") if endpoint.scheme == "http" else [bucket]
+    hostable = 3 <= len(bucket) and bucket == bucket.lower() and all(map(_is_label, labels))
+    return asked and hostable and not _is_ip(bucket) and not _is_ip(endpoint.hostname)
+
+
+def _resolve_arn(c: EndpointConfiguration, endpoint: Endpoint, region: str, arn: str) -> Endpoint:
+    """Resolve an access point; its ARN names the region, and the host is always a virtual one."""
+    _, owner, service, arn_region, account, resource, *_ = arn.split(":", 5) + [""] * 5
+    kind, *names = resource.replace(":", "/").split("/")
+    ours, theirs = partition(region)[0], partition(arn_region)[0]
+    _refuse(
+        (not (owner and service and resource), f"Invalid ARN: `{arn}` was not a valid ARN"),
+        (not kind, "Invalid ARN: No ARN type specified"),
+        (
+            arn_region not in ("", region) and not c.use_arn_region,
+            f"Invalid configuration: region from ARN `{arn_region}` does not match client region "
+            f"`{region}` and UseArnRegion is `false`",
+        ),
+        (
+            arn_region and ours != theirs,
+            f"Client was configured for partition `{ours}` but ARN (`{arn}`) has `{theirs}`",
+        ),
+        (
+            arn_region and not _is_label(arn_region),
+            f"Invalid region in ARN: `{arn_region}` (invalid DNS name)",
+        ),
+        (not account, "Invalid ARN: Missing account id"),
+        (not _is_label(account), _INVALID_NAME.format("account id", account)),
+    )
+    if service == "s3-outposts" and kind != "accesspoint":
+        name, outpost, label = _outpost_access_point(c, names)
+    else:
+        found = f"{arn} (type: {kind})"
+        known = kind == "accesspoint" or service == "s3-object-lambda"
+        _refuse((not known, f"Invalid ARN: Unrecognized format: {found}"))
+        name, outpost, label = _access_point(c, service, kind, names, arn_region)
+    _refuse((not _is_label(name), _INVALID_NAME.format("access point name", name)))
+    host = endpoint.host if c.endpoint_url else f"{label}.{arn_region}.{partition(arn_region)[1]}"
+    return replace(
+        endpoint, host=f"{name}-{account}.{outpost}{host}", region=arn_region, service=service
+    )
+
+
+def _access_point(
+    c: EndpointConfiguration, service: str, kind: str, names: list[str], arn_region: str
+) -> tuple[str, str, str]:
+    is_lambda = service == "s3-object-lambda"
+    _refuse(
+        (
+            kind != "accesspoint",
+            "Invalid ARN: Object Lambda ARNs only support `accesspoint` arn types, but found: "
+            f"`{kind}`",
+        ),
+        (
+            not "".join(names),
+            "Invalid ARN: Expected a resource of the format `accesspoint:<accesspoint name>` but "
+            "no name was provided",
+        ),
+        (is_lambda and c.use_dualstack, "S3 Object Lambda does not support Dual-stack"),
+        (is_lambda and c.use_accelerate, "S3 Object Lambda does not support S3 Accelerate"),
+        (is_lambda and not arn_region, "Invalid ARN: bucket ARN is missing a region"),
+        (not arn_region, "Multi-Region Access Points are not supported: they need SigV4A"),
+        (
+            len(names) > 1,
+            "Invalid ARN: The ARN may only contain a single resource component after "
+            "`accesspoint`.",
+        ),
+        (
+            service not in ("s3", "s3-object-lambda"),
+            f"Invalid ARN: The ARN was not for the S3 service, found: {service}",
+        ),
+        (c.use_accelerate, "Access Points do not support S3 Accelerate"),
+    )
+    label = "s3-object-lambda" if is_lambda else "s3-accesspoint"
+    return names[0], "", label + "-fips" * c.use_fips + ".dualstack" * c.use_dualstack
+
+
+def _outpost_access_point(c: EndpointConfiguration, names: list[str]) -> tuple[str, str, str]:
+    outpost_id, kind, name, *more = names + [""] * 3
+    _refuse(
+        (c.use_dualstack, "S3 Outposts does not support Dual-stack"),
+        (c.use_fips, "S3 Outposts does not support FIPS"),
+        (c.use_accelerate, "S3 Outposts does not support S3 Accelerate"),
+        (any(more), "Invalid Arn: Outpost Access Point ARN contains sub resources"),
+        (not outpost_id, "Invalid ARN: The Outpost Id was not set"),
+        (not _is_label(outpost_id), _INVALID_NAME.format("outpost Id", outpost_id)),
+        (not kind, "Invalid ARN: Expected a 4-component resource"),
+        (not name, "Invalid ARN: expected an access point name"),
+        (kind != "accesspoint", f"Expected an outpost type `accesspoint`, found {kind}"),
+    )
+    return name, f"{outpost_id}.", "s3-outposts"
+
+
+def _refuse(*rules: tuple[object, str]) -> None:
+    """Raise the sentence of the first rule that is broken."""
+    for broken, sentence in rules:
+        if broken:
+            raise EndpointUnresolved(sentence)
+
+
+def _is_label(text: str) -> bool:
+    return _LABEL.fullmatch(text) is not None
+
+
+def _is_ip(host: str) -> bool:
+    return ":" in host or _IPV4.fullmatch(host) is not None
+
+
+def _region_of_aws_host(url: str | None) -> str | None:
+    match = _AWS_HOST.fullmatch(urlsplit(url).hostname or "") if url else None
+    return match["region"] if match else None
