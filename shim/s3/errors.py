@@ -17,6 +17,10 @@ class CredentialsFailed(S3ClientError):
     """A configured source of credentials did not give any."""
 
 
+class ProfileInvalid(S3ClientError):
+    """A shared configuration file cannot be read, or lacks the profile that is asked for."""
+
+
 class EndpointUnresolved(S3ClientError, ValueError):
     """The configuration and the bucket do not lead to an endpoint."""
 
