@@ -1,0 +1,163 @@
+"""Which failures are worth another attempt, and after how long: tables and pure functions, no loop.
+
+    failure -> kind_of -> Kind -> POLICIES -> Policy -> delay_seconds
+
+Sources: botocore's legacy and standard modes (data/_retry.json, retries/standard.py), and what the
+documentation of S3 calls temporary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+
+from shim.s3.errors import (
+    CertificateError,
+    S3ClientError,
+    ServiceError,
+    StaleConnection,
+    TransportError,
+)
+
+LONGEST_DELAY_SECONDS = 20.0
+LARGEST_SKEW = timedelta(minutes=4)
+ATTEMPTS = {"legacy": 5, "standard": 3, "adaptive": 3}
+PERSISTENT_ATTEMPTS = 12
+RESUMES = 20  # of a body that made progress before it broke off
+
+
+class Kind(Enum):
+    """What a failure calls for."""
+
+    THROTTLED = "wait, and do less at once"
+    TRANSIENT = "wait"
+    DAMAGED = "send the body once more"
+    TRANSPORT = "wait, then connect to the next address"
+    STALE = "connect anew, at once"
+    CLOCK = "take the server's time, once"
+    CREDENTIALS = "refresh them, once"
+    REGION = "ask in the bucket's region, once"
+    FINAL = "give up"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """base_seconds: of the delay, which doubles; limit: of attempts that are not counted."""
+
+    base_seconds: float = 0.0
+    limit: int | None = None
+
+
+POLICIES = {
+    Kind.THROTTLED: Policy(base_seconds=1.0),
+    Kind.TRANSIENT: Policy(base_seconds=0.05),
+    Kind.DAMAGED: Policy(limit=1),
+    Kind.TRANSPORT: Policy(base_seconds=0.1),
+    Kind.STALE: Policy(limit=1000),
+    Kind.CLOCK: Policy(limit=1),
+    Kind.CREDENTIALS: Policy(limit=1),
+    Kind.REGION: Policy(limit=1),
+    Kind.FINAL: Policy(limit=0),
+}
+
+CODES = {
+    "SlowDown": Kind.THROTTLED,
+    "ServiceUnavailable": Kind.THROTTLED,
+    "Throttling": Kind.THROTTLED,
+    "ThrottlingException": Kind.THROTTLED,
+    "ThrottledException": Kind.THROTTLED,
+    "RequestThrottled": Kind.THROTTLED,
+    "RequestThrottledException": Kind.THROTTLED,
+    "TooManyRequestsException": Kind.THROTTLED,
+    "RequestLimitExceeded": Kind.THROTTLED,
+    "BandwidthLimitExceeded": Kind.THROTTLED,
+    "InternalError": Kind.TRANSIENT,
+    "RequestTimeout": Kind.TRANSIENT,
+    "RequestTimeoutException": Kind.TRANSIENT,
+    "PriorRequestNotComplete": Kind.TRANSIENT,
+    "BadDigest": Kind.DAMAGED,
+    "InvalidDigest": Kind.DAMAGED,
+    "XAmzContentSHA256Mismatch": Kind.DAMAGED,
+    "RequestTimeTooSkewed": Kind.CLOCK,
+    "ExpiredToken": Kind.CREDENTIALS,
+    "InvalidToken": Kind.CREDENTIALS,
+    "TokenRefreshRequired": Kind.CREDENTIALS,
+    "PermanentRedirect": Kind.REGION,
+    "IllegalLocationConstraintException": Kind.REGION,
+}
+
+STATUSES = {
+    301: Kind.REGION,
+    302: Kind.REGION,
+    307: Kind.REGION,
+    429: Kind.THROTTLED,
+    500: Kind.TRANSIENT,
+    502: Kind.TRANSIENT,
+    503: Kind.TRANSIENT,
+    504: Kind.TRANSIENT,
+    509: Kind.THROTTLED,
+}
+
+
+def kind_of(error: S3ClientError, *, now: datetime) -> Kind:
+    """Classify a failure; now: the time that the request was signed with."""
+    if isinstance(error, ServiceError):
+        return _kind_of_answer(error, now)
+    if isinstance(error, StaleConnection):
+        return Kind.STALE
+    if isinstance(error, TransportError) and not isinstance(error, CertificateError):
+        return Kind.TRANSPORT
+    return Kind.FINAL
+
+
+def _kind_of_answer(error: ServiceError, now: datetime) -> Kind:
+    kind = CODES.get(error.code) or STATUSES.get(error.status, Kind.FINAL)
+    if kind is Kind.FINAL and error.status in (400, 403):
+        if error.region:
+            return Kind.REGION
+        if abs(skew_of(error.headers, now=now)) > LARGEST_SKEW:
+            return Kind.CLOCK
+    return kind
+
+
+def skew_of(headers: Mapping[str, str], *, now: datetime) -> timedelta:
+    """Return how far the server's clock is ahead, by the Date of its answer; 0 without one."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return parsedate_to_datetime(headers["date"]) - now
+    except (KeyError, ValueError, TypeError):
+        return timedelta(0)
+
+
+def delay_seconds(
+    kind: Kind, *, retry: int, headers: Mapping[str, str], random: float
+) -> float:
+    """Return how long to wait before retry number 1, 2, ...; random: of 0 to 1."""
+    longest = POLICIES[kind].base_seconds * 2 ** (retry - 1)
+    delay = random * min(longest, LONGEST_DELAY_SECONDS)
+    return max(delay, min(_asked_seconds(headers), LONGEST_DELAY_SECONDS))
+
+
+def _asked_seconds(headers: Mapping[str, str]) -> float:
+    """What the server asks for; the form of Retry-After with a date is left aside."""
+    for name, unit in (("x-amz-retry-after", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        if value.isascii() and value.isdecimal():
+            return int(value) * unit
+    return 0.0
+
+
+def configured_attempts(environ: Mapping[str, str], profile: Mapping[str, str]) -> int:
+    """Return how often a request is made at most, the first time included."""
+    mode = environ.get("AWS_RETRY_MODE") or profile.get("retry_mode") or "legacy"
+    text = environ.get("AWS_MAX_ATTEMPTS") or profile.get("max_attempts") or ""
+    if mode not in ATTEMPTS:
+        raise S3ClientError(f"AWS_RETRY_MODE is {mode!r}, expected one of {', '.join(ATTEMPTS)}")
+    if not text:
+        return ATTEMPTS[mode]
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise S3ClientError(f"AWS_MAX_ATTEMPTS is {text!r}, expected a number of at least 1")
+    return int(text)

@@ -1,0 +1,72 @@
+"""What the program asks of object storage: the interface of S3 and of a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from typing import BinaryIO, Protocol
+
+    from shim.s3.crew import Crew
+
+    Log = Callable[[str, str], None]  # level, message
+
+    class Store(Protocol):
+        """Buckets that hold objects; every method raises S3ClientError."""
+
+        def get(self, bucket: str, key: str, *, max_bytes: int) -> bytes:
+            """Return a whole object, refuse one that is longer."""
+
+        def put(
+            self,
+            bucket: str,
+            key: str,
+            body: bytes,
+            *,
+            metadata: Mapping[str, str] = ...,
+            persistent: bool = False,
+        ) -> None:
+            """Store a small object; persistent: retry hardest, also after a request to stop."""
+
+        def head(self, bucket: str, key: str) -> ObjectHead:
+            """Describe an object."""
+
+        def list(self, bucket: str, prefix: str) -> Iterator[ObjectSummary]:
+            """Yield what lies below a prefix, in the order of keys."""
+
+        def open(self, bucket: str, key: str) -> BinaryIO:
+            """Open an object for reading in order."""
+
+        def download(
+            self, bucket: str, key: str, path: Path, *, crew: Crew | None = None
+        ) -> None:
+            """Make path hold the object's bytes; on failure path is as it was."""
+
+        def upload(
+            self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
+        ) -> None:
+            """Store the first size bytes of a file; its position is neither used nor moved."""
+
+        def close(self) -> None:
+            """Close kept connections."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectHead:
+    """metadata: names in lower case with "_" for "-", since servers return them changed."""
+
+    size: int
+    etag: str
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectSummary:
+    """A line of a listing; size in bytes."""
+
+    key: str
+    size: int

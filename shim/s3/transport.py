@@ -1,0 +1,368 @@
+"""Connections to servers, found or made for each request, behind urllib's OpenerDirector.
+
+Rule 1: a connection is used again only after a complete exchange that left nothing unread.
+Rule 2: nothing is followed or remembered: no redirects, cookies, authentication of urllib's.
+Rule 3: proxies come from the mapping that is handed in, and never apply to near addresses.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from binascii import b2a_base64
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+
+from shim.s3.errors import CertificateError, StaleConnection, TransportError
+from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ssl
+    from typing import Any
+    from urllib.request import OpenerDirector
+
+RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and changes them
+KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
+FETCH_LIMIT_BYTES = 1 << 20
+
+# Where distributions keep their bundle; the first that exists is read.
+IMAGE_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+
+
+class Trust:
+    """The authorities that certificates are checked against, read when first needed."""
+
+    def __init__(
+        self, environ: Mapping[str, str], *, profile_bundle: str = "", carried_bundle: str = ""
+    ) -> None:
+        """Choose the bundles.
+
+        The first of AWS_CA_BUNDLE, the profile's ca_bundle, REQUESTS_CA_BUNDLE, SSL_CERT_FILE that
+        is not empty is the only one. Otherwise it is the system's store, the image's bundle, and
+        carried_bundle: that of the frozen binary, for images that have none.
+        """
+        chosen = (
+            environ.get("AWS_CA_BUNDLE")
+            or profile_bundle
+            or environ.get("REQUESTS_CA_BUNDLE")
+            or environ.get("SSL_CERT_FILE")
+        )
+        found = [bundle for bundle in IMAGE_BUNDLES if os.path.isfile(bundle)][:1]
+        self._is_chosen = bool(chosen)
+        self._bundles = [chosen] if chosen else [*found, *filter(None, [carried_bundle])]
+        self._context: ssl.SSLContext | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def source(self) -> str:
+        """Where the authorities come from, for messages."""
+        return ", ".join(self._bundles) or "no CA bundle: neither the system nor the image has one"
+
+    def context(self) -> ssl.SSLContext:
+        """Return the one context of this process."""
+        with self._lock:
+            self._context = self._context or self._load()
+            return self._context
+
+    def _load(self) -> ssl.SSLContext:
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if not self._is_chosen:
+            context.set_default_verify_paths()
+        for bundle in self._bundles:
+            where = "capath" if os.path.isdir(bundle) else "cafile"
+            try:
+                context.load_verify_locations(**{where: bundle})
+            except OSError as error:
+                raise CertificateError(f"Could not read the CA bundle {bundle}: {error}") from error
+        return context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proxy:
+    """Where to connect to instead of the request's own host."""
+
+    host: str
+    port: int
+    authorization: str = field(default="", repr=False)
+
+
+class Proxies:
+    """Which proxy stands before a host: urllib's rules, over a mapping."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        urls: dict[str, str] = {}
+        names = [name for name in environ if name.lower().endswith("_proxy")]
+        for name in sorted(names):  # upper case first: lower case wins, and unsets when empty
+            urls[name.lower().removesuffix("_proxy")] = environ[name]
+        if "REQUEST_METHOD" in environ and "http_proxy" not in environ:
+            urls.pop("http", None)  # in a CGI program HTTP_PROXY is a header field of the client's
+        self._urls = urls
+
+    def resolve(self, *, scheme: str, host: str, port: int) -> Proxy | None:
+        """Return the proxy for a host, or None to go there directly."""
+        url = self._urls.get(scheme)
+        if not url or _is_near(host):
+            return None
+        import urllib.request
+
+        bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
+        if bypass(f"{host}:{port}", self._urls):
+            return None
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme != "http" or not parts.hostname:
+            raise TransportError(f"The proxy in {scheme}_proxy is not of the form http://host:port")
+        authorization = ""
+        if parts.username is not None:
+            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            authorization = f"Basic {b2a_base64(login.encode(), newline=False).decode()}"
+        return Proxy(host=parts.hostname, port=parts.port or 80, authorization=authorization)
+
+
+def _is_near(host: str) -> bool:
+    """Tell whether only this machine can reach what the host means to it."""
+    import ipaddress
+
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_link_local or host.startswith("fd00:ec2::")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchResponse:
+    """A whole answer; the names of its header fields in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+
+class Transport:
+    """The connections of this process."""
+
+    def __init__(self, *, proxies: Proxies, trust: Trust, max_connections: int) -> None:
+        """max_connections: how many are kept for another use, at most."""
+        self._proxies, self._trust, self._max_idle = proxies, trust, max_connections
+        self._idle: dict[object, list[Connection]] = {}
+        self._idle_count = 0
+        self._proxy_of: dict[tuple[str, str, int], Proxy | None] = {}
+        self._addresses: dict[tuple[str, int], tuple[float, list[Any]]] = {}
+        self._lock = threading.Lock()
+        self._opener: OpenerDirector | None = None
+
+    def open(self, request: Request) -> Response:
+        """Send a request and return its answer, whatever the status; close() it when done.
+
+        TransportError: there was no answer.
+        """
+        if self._opener is None:
+            self._opener = _build_opener(self._exchange)
+        return self._opener.open(request)  # type: ignore[arg-type, no-any-return]
+
+    def finish(self, request: Request, response: Response) -> None:
+        """Keep the answer's connection where it may serve again, close it otherwise."""
+        route = (request.type, request.host, request.port, request.proxied)
+        if response.can_keep:
+            with self._lock:
+                if self._idle_count < self._max_idle:
+                    self._idle.setdefault(route, []).append(response.connection)
+                    self._idle_count += 1
+                    return
+        response.connection.close()
+
+    def close(self) -> None:
+        """Close the kept connections."""
+        with self._lock:
+            kept, self._idle, self._idle_count = self._idle, {}, 0
+        for connections in kept.values():
+            for connection in connections:
+                connection.close()
+
+    def fetch(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout_seconds: float,
+        proxied: bool,
+    ) -> FetchResponse:
+        """Make one small request, without retries; TransportError without a whole answer."""
+        parts = urlsplit(url)
+        netloc = parts.netloc.rpartition("@")[2]
+        request = Request(
+            method=method,
+            scheme=parts.scheme,
+            host=parts.hostname or "",
+            port=parts.port or (443 if parts.scheme == "https" else 80),
+            target=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
+            headers={"host": netloc} | {name.lower(): value for name, value in headers.items()},
+            body=body,
+            connect_seconds=min(CONNECT_SECONDS, timeout_seconds),
+            read_seconds=timeout_seconds,
+            proxied=proxied,
+        )
+        while True:
+            try:
+                response = self.open(request)
+                break
+            except StaleConnection:
+                continue  # the next kept connection, or a new one
+        try:
+            content = response.read(FETCH_LIMIT_BYTES)
+        finally:
+            self.finish(request, response)
+        return FetchResponse(status=response.status, headers=response.headers, body=content)
+
+    def _exchange(self, request: Request) -> Response:
+        proxy = self._proxy(request) if request.proxied else None
+        connection = self._reuse(request) or self._connect(request, proxy)
+        try:
+            head = request.head()
+            if proxy and request.type == "http":
+                head = _via_proxy(head, f"http://{request.headers['host']}", proxy)
+            return connection.exchange(request, head)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _proxy(self, request: Request) -> Proxy | None:
+        origin = (request.type, request.host, request.port)
+        if origin not in self._proxy_of:
+            self._proxy_of[origin] = self._proxies.resolve(
+                scheme=request.type, host=request.host, port=request.port
+            )
+        return self._proxy_of[origin]
+
+    def _reuse(self, request: Request) -> Connection | None:
+        route = (request.type, request.host, request.port, request.proxied)
+        while connections := self._idle.get(route):
+            with self._lock:
+                if not connections:
+                    continue
+                connection = connections.pop()
+                self._idle_count -= 1
+            if connection.is_idle():
+                return connection
+            connection.close()
+        return None
+
+    def _connect(self, request: Request, proxy: Proxy | None) -> Connection:
+        deadline = time.monotonic() + request.connect_seconds
+        where = f"proxy http://{proxy.host}:{proxy.port}" if proxy else f'URL: "{request.full_url}"'
+        try:
+            sock = self._dial(proxy or request, deadline)
+        except OSError as error:
+            reason = error.strerror or error
+            raise TransportError(f"Could not connect to the endpoint {where} ({reason})") from error
+        try:
+            if request.type == "http":
+                return Connection(sock, is_tls=False)
+            if proxy:
+                _open_tunnel(sock, request, proxy)
+            sock.settimeout(max(0.1, deadline - time.monotonic()))
+            return Connection(self._secure(sock, request.host), is_tls=True)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _dial(self, target: Request | Proxy, deadline: float) -> socket.socket:
+        """Connect to one of the addresses: each new connection starts with the next one."""
+        key = (target.host, target.port)
+        expires, addresses = self._addresses.get(key, (0.0, []))
+        if time.monotonic() > expires:
+            addresses = socket.getaddrinfo(*key, type=socket.SOCK_STREAM)
+            expires = time.monotonic() + RESOLVED_SECONDS
+        preferred = [address for address in addresses if address[0] == addresses[0][0]]
+        others = addresses[len(preferred) :]
+        addresses = [*preferred[1:], *preferred[:1], *others]
+        self._addresses[key] = (expires, addresses)
+        failure: OSError = OSError(f"{target.host} has no address")
+        for index, (family, kind, protocol, _, address) in enumerate(addresses):
+            sock = socket.socket(family, kind, protocol)
+            try:
+                share = (deadline - time.monotonic()) / (len(addresses) - index)
+                sock.settimeout(max(0.5, share))
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure
+
+    def _secure(self, sock: socket.socket, host: str) -> socket.socket:
+        import ssl
+
+        try:
+            return self._trust.context().wrap_socket(sock, server_hostname=host)
+        except ssl.SSLCertVerificationError as error:
+            raise CertificateError(
+                f"The certificate of {host} is not trusted: {error.verify_message} "
+                f"(checked against {self._trust.source})"
+            ) from error
+        except OSError as error:
+            raise TransportError(f"TLS with {host} failed: {error}") from error
+
+
+def _via_proxy(head: bytes, prefix: str, proxy: Proxy) -> bytes:
+    """Turn a request's head into the absolute form that a proxy wants."""
+    line, _, rest = head.partition(b"\r\n")
+    method, _, target = line.partition(b" ")
+    login = f"proxy-authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
+    return b"%b %b%b\r\n%b%b" % (method, prefix.encode(), target, login.encode(), rest)
+
+
+def _open_tunnel(sock: socket.socket, request: Request, proxy: Proxy) -> None:
+    target = f"{request.host}:{request.port}"
+    headers = {"host": target}
+    if proxy.authorization:
+        headers["proxy-authorization"] = proxy.authorization
+    connect = Request(
+        method="CONNECT",
+        scheme="http",
+        host=proxy.host,
+        port=proxy.port,
+        target=target,
+        headers=headers,
+        read_seconds=request.connect_seconds,
+        cancelled=request.cancelled,
+    )
+    response = Connection(sock, is_tls=False).exchange(connect, connect.head())
+    if response.status != 200:
+        raise TransportError(
+            f"The proxy {proxy.host}:{proxy.port} refused a connection to {target}: "
+            f"{response.status} {response.reason}"
+        )
+
+
+def _build_opener(exchange: Callable[[Request], Response]) -> OpenerDirector:
+    """Build an opener that holds our handler and none of urllib's."""
+    from urllib.request import BaseHandler, OpenerDirector
+
+    class KeepAliveHandler(BaseHandler):
+        def http_open(self, request: Any) -> Response:
+            return exchange(request)
+
+        https_open = http_open
+
+    opener = OpenerDirector()
+    opener.add_handler(KeepAliveHandler())
+    return opener
+
