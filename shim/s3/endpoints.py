@@ -62,7 +62,6 @@ class EndpointConfiguration:
     use_accelerate: bool = False
     use_arn_region: bool = True
     use_global_endpoint: bool = False  # of us-east-1
-    ca_bundle: str | None = None
 
     @classmethod
     def from_environ(
@@ -94,7 +93,6 @@ class EndpointConfiguration:
             use_accelerate=is_true(profile.get("s3.use_accelerate_endpoint", "")),
             use_arn_region=is_true(setting("AWS_S3_USE_ARN_REGION", "s3.use_arn_region", "true")),
             use_global_endpoint=regional != "regional",
-            ca_bundle=setting("AWS_CA_BUNDLE", "ca_bundle") or None,
         )
 
 
