@@ -1,0 +1,60 @@
+"""What the image's author asked to run, and in which environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shim.errors import UserSafeError
+
+_SHELL = ("/bin/sh", "-c")
+
+# Values of HOME that a container runtime sets for root when the image has none of its own.
+_RUNTIME_HOMES = {"", "/", "/root"}
+_PACKAGING_PREFIXES = ("_PYI_", "_MEI", "STATICX_")
+# Where the packaging unpacks our libraries, and puts first in LD_LIBRARY_PATH.
+_PACKAGING_DIRECTORIES = ("STATICX_BUNDLE_DIR", "_PYI_APPLICATION_HOME_DIR")
+
+
+def resolve_argv(
+    *, entrypoint: str | tuple[str, ...] | None, cmd: str | tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """Join ENTRYPOINT and CMD as Docker does; text is a shell form, a tuple an exec form.
+
+    Raises UserSafeError when the image has neither.
+    """
+    if isinstance(entrypoint, str):
+        return (*_SHELL, entrypoint)
+    argv = (*(entrypoint or ()), *((*_SHELL, cmd) if isinstance(cmd, str) else cmd or ()))
+    if not argv:
+        raise UserSafeError("The container defines neither an ENTRYPOINT nor a CMD instruction")
+    return argv
+
+
+def child_environment(environ: Mapping[str, str], *, home: str | None) -> dict[str, str]:
+    """Return the environment of the user's process: the image's, without secrets and packaging.
+
+    `home` replaces a HOME that the image did not set; None keeps it.
+    """
+    env = {
+        name: value
+        for name, value in environ.items()
+        if not name.casefold().startswith("grand_challenge_")
+        and not name.startswith(_PACKAGING_PREFIXES)
+    }
+    _restore_library_path(env, environ)
+    if env.get("HOME", "") in _RUNTIME_HOMES and home is not None:
+        env["HOME"] = home
+    env.setdefault("HOME", "/")
+    return env
+
+
+def _restore_library_path(env: dict[str, str], environ: Mapping[str, str]) -> None:
+    """Undo PyInstaller's `LD_LIBRARY_PATH={ours}[:{image's}]`."""
+    ours, separator, original = environ.get("LD_LIBRARY_PATH", "").partition(":")
+    homes = [environ[name] for name in _PACKAGING_DIRECTORIES if environ.get(name)]
+    if not any(ours == home or ours.startswith(f"{home}/") for home in homes):
+        return
+    del env["LD_LIBRARY_PATH"]
+    if separator:
+        # Without the separator, the image has no LD_LIBRARY_PATH and a LD_LIBRARY_PATH_ORIG is its.
+        env["LD_LIBRARY_PATH"] = env.pop("LD_LIBRARY_PATH_ORIG", original)

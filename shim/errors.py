@@ -1,0 +1,73 @@
+"""What can go wrong, as one small tree: the edges turn each branch into a status."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# What pydantic puts before the sentence of a validator.
+VALUE_ERROR = "Value error, "
+# Types of problems whose message needs no look at the input.
+_SAYS_IT_ALL = {"json_invalid", "missing", "setting_invalid"}
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+class ShimError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class UsageError(ShimError):
+    """The command line cannot be carried out."""
+
+
+class UserSafeError(ShimError):
+    """A failure whose text the author of the algorithm may read."""
+
+
+class TaskStopped(ShimError):
+    """A signal asked us to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One thing wrong with a document from outside, in pydantic 2's words where it has some.
+
+    `input` is the value found at `loc`; it must be serialisable as JSON and no secret.
+    """
+
+    loc: tuple[str | int, ...]
+    type: str
+    message: str
+    input: object = None
+
+    def __str__(self) -> str:
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.loc)
+        sentence = f"{path.removeprefix('.')}: {self.message.removeprefix(VALUE_ERROR)}".lstrip(
+            ": "
+        )
+        if self.type in _SAYS_IT_ALL:
+            return sentence
+        return f"{sentence}, found {_SHORT.repr(self.input)}"
+
+
+class InvalidFields(ShimError):
+    """A document from outside is not valid; every problem is listed, one a line."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class NotUtf8(InvalidFields):
+    """A JSON document is not UTF-8."""
+
+
+class InvalidSettings(InvalidFields):
+    """The environment variables are not valid."""
+
+
+class InvalidTasks(InvalidFields):
+    """The tasks definition is not valid."""

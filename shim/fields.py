@@ -1,0 +1,156 @@
+"""Typed readers for untrusted JSON: each value is refused with pydantic's words and its path.
+
+A parser takes a decoded value and returns what it means, or raises InvalidFields. Those for objects
+and lists go through all members first, so that one exception lists every problem.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from itertools import accumulate
+from types import MappingProxyType
+
+from shim.durations import parse_duration
+from shim.errors import VALUE_ERROR, InvalidFields, NotUtf8, Problem
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from datetime import timedelta
+    from typing import Any, TypeAlias, TypeVar
+
+    Parser: TypeAlias = Callable[[object], Any]
+    K = TypeVar("K", str, int)
+    T = TypeVar("T")
+
+# pydantic's own limit. The parser of json recurses in C, and threads have small stacks.
+MAX_NESTING = 200
+_NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^][{}"]++', re.DOTALL)
+_DEEPER = {"[": 1, "{": 1, "]": -1, "}": -1, '"': 0}
+
+_TRUE = {True, "1", "on", "t", "true", "y", "yes"}
+_FALSE = {False, "0", "off", "f", "false", "n", "no"}
+
+
+def refusal(value: object, message: str, *, type: str) -> InvalidFields:
+    """Build the exception for one value."""
+    return InvalidFields([Problem(loc=(), type=type, message=message, input=value)])
+
+
+def value_error(loc: tuple[str | int, ...], message: str, value: object) -> Problem:
+    """Build the problem that pydantic makes of a validator's ValueError."""
+    return Problem(loc=loc, type="value_error", message=VALUE_ERROR + message, input=value)
+
+
+def decode_json(body: bytes) -> object:
+    """Decode JSON as RFC 8259 has it: UTF-8, no NaN or Infinity, nested at most 200 deep.
+
+    Raises NotUtf8, or InvalidFields with one problem of type `json_invalid`.
+    """
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        message = f"Invalid JSON: not UTF-8, {error.reason} at byte {error.start}"
+        raise NotUtf8([Problem(loc=(), type="json_invalid", message=message)]) from error
+    try:
+        brackets = _NOT_BRACKETS.sub("", text)
+        if max(accumulate(map(_DEEPER.__getitem__, brackets)), default=0) > MAX_NESTING:
+            raise ValueError(f"nested more than {MAX_NESTING} deep")
+        return json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
+        message = f"Invalid JSON: {error}"
+        raise InvalidFields([Problem(loc=(), type="json_invalid", message=message)]) from error
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+def text(value: object) -> str:
+    """Accept a string that can be written as UTF-8: JSON escapes can smuggle in lone surrogates."""
+    if not isinstance(value, str):
+        raise refusal(value, "Input should be a valid string", type="string_type")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        message = "Input should be a valid string, unable to parse raw data as a unicode string"
+        raise refusal(value, message, type="string_unicode") from None
+    return value
+
+
+def boolean(value: object) -> bool:
+    """Accept true, false, 0, 1 and pydantic's words for them, in any case."""
+    word = value.lower() if isinstance(value, str) else value
+    if isinstance(word, (str, int, float)):
+        if word in _TRUE:
+            return True
+        if word in _FALSE:
+            return False
+        if not isinstance(word, float):
+            message = "Input should be a valid boolean, unable to interpret input"
+            raise refusal(value, message, type="bool_parsing")
+    raise refusal(value, "Input should be a valid boolean", type="bool_type")
+
+
+def duration(value: object) -> timedelta:
+    """Accept what parse_duration accepts."""
+    try:
+        return parse_duration(value)
+    except (TypeError, ValueError) as error:
+        type = "time_delta_type" if isinstance(error, TypeError) else "time_delta_parsing"
+        raise refusal(value, str(error), type=type) from None
+
+
+def members(
+    value: object,
+    build: Callable[..., T],
+    parsers: Mapping[str, Parser],
+    *,
+    defaults: Mapping[str, object] = MappingProxyType({}),
+) -> T:
+    """Accept an object and build a value of its known members; the others are ignored."""
+    if not isinstance(value, dict):
+        raise refusal(value, "Input should be an object", type="model_type")
+    known = {**defaults, **value}
+    parsed, problems = _parse_each(
+        (name, parser, known[name]) if name in known else (name, _refuse_missing, value)
+        for name, parser in parsers.items()
+    )
+    if problems:
+        raise InvalidFields(problems)
+    return build(**parsed)
+
+
+def items(
+    value: object,
+    parser: Callable[[object], T],
+    *,
+    check: Callable[[Mapping[int, T]], Iterable[Problem]] = lambda parsed: (),
+) -> tuple[T, ...]:
+    """Accept a list; `check` sees the items that are valid by themselves, with their positions."""
+    if not isinstance(value, list):
+        raise refusal(value, "Input should be a valid array", type="list_type")
+    parsed, problems = _parse_each((index, parser, item) for index, item in enumerate(value))
+    problems.extend(check(parsed))
+    if problems:
+        raise InvalidFields(problems)
+    return tuple(parsed.values())
+
+
+def _parse_each(
+    parts: Iterable[tuple[K, Callable[[object], T], object]],
+) -> tuple[dict[K, T], list[Problem]]:
+    parsed: dict[K, T] = {}
+    problems: list[Problem] = []
+    for key, parser, value in parts:
+        try:
+            parsed[key] = parser(value)
+        except InvalidFields as error:
+            problems.extend(replace(found, loc=(key, *found.loc)) for found in error.problems)
+    return parsed, problems
+
+
+def _refuse_missing(value: object) -> object:
+    raise refusal(value, "Field required", type="missing")

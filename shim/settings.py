@@ -1,0 +1,316 @@
+"""The environment variables: read once, validated together, never replaced by a silent default."""
+
+from __future__ import annotations
+
+import binascii
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+
+from shim.errors import InvalidFields, InvalidSettings, Problem
+from shim.fields import decode_json
+from shim.s3.uri import S3Location, is_bucket_name, parse_s3_uri
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+PREFIX = "GRAND_CHALLENGE_COMPONENT_"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+# Large enough for any wish, small enough for the types on the way: C's int, time_t and rlim_t.
+_MAX_INTEGER = 2**31 - 1
+_MAX_SECONDS = 365 * 24 * 60 * 60
+_MAX_MEMORY_MB = 2**42
+
+
+def _parse_text(text: str) -> str:
+    text.encode()
+    return text
+
+
+def _parse_flag(text: str) -> bool:
+    return text.lower() == "true"
+
+
+def _parse_command(text: str) -> str | tuple[str, ...] | None:
+    value = decode_json(binascii.a2b_base64("".join(text.split()), strict_mode=True))
+    if value is None:
+        return None
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError
+    if "\0" in "".join(words).encode().decode():
+        raise ValueError
+    return value if isinstance(value, str) else tuple(words)
+
+
+def _parse_path(text: str) -> Path:
+    if not _parse_text(text).startswith("/") or "\0" in text:
+        raise ValueError
+    return Path(text)
+
+
+def _parse_emptied_path(text: str) -> Path:
+    if os.path.normpath(text) in ("/", "//"):
+        raise ValueError
+    return _parse_path(text)
+
+
+def _parse_archive(text: str) -> S3Location:
+    location = parse_s3_uri(_parse_text(text))
+    if not location.key or location.key.endswith("/"):
+        raise ValueError
+    return location
+
+
+def _parse_bucket_name(text: str) -> str:
+    if not is_bucket_name(text):
+        raise ValueError
+    return text
+
+
+def _parse_prefix(text: str) -> str:
+    if not _parse_text(text):
+        raise ValueError
+    return text
+
+
+def _parse_method(text: str) -> str:
+    if text.lower() not in ("exec", "invoke"):
+        raise ValueError
+    return text.lower()
+
+
+def _parse_url(text: str) -> str | None:
+    # No more than the scheme: what follows it is for the S3 client to read.
+    if text and not _parse_text(text).startswith(("http://", "https://", "file:///")):
+        raise ValueError
+    return text or None
+
+
+def _parse_level(text: str) -> str:
+    return text.upper() if text.upper() in LOG_LEVELS else "INFO"
+
+
+def _parse_seconds(text: str) -> timedelta:
+    return timedelta(seconds=_integers(0, _MAX_SECONDS).parse(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a variable's text is read: `parse` raises ValueError unless it is `accepted`."""
+
+    parse: Callable[[str], Any]
+    accepted: str
+
+
+def _integers(minimum: int, maximum: int) -> Form:
+    def parse(text: str) -> int:
+        if not minimum <= int(text) <= maximum:
+            raise ValueError
+        return int(text)
+
+    return Form(parse, f"a whole number from {minimum} to {maximum}")
+
+
+def _lists(form: Form) -> Form:
+    return Form(
+        lambda text: tuple(form.parse(part) for part in text.split(":") if part),
+        f"{form.accepted}, or several with colons between them",
+    )
+
+
+_TEXT = Form(_parse_text, "text in UTF-8")
+_FLAG = Form(_parse_flag, "True or anything else")
+_COMMAND = Form(_parse_command, "base64 of JSON: null, a string or a list of strings")
+_PATH = Form(_parse_path, "an absolute path")
+_EMPTIED_PATH = Form(_parse_emptied_path, "an absolute path other than /")
+_ARCHIVE = Form(_parse_archive, "s3://bucket/key or https://bucket/key")
+_BUCKET_NAME = Form(_parse_bucket_name, "the name of a bucket or the ARN of an access point")
+_OUTPUT_PREFIX = Form(_parse_prefix, "a prefix that is not blank")
+_HEX = Form(bytes.fromhex, "pairs of hexadecimal digits")
+_METHOD = Form(_parse_method, "exec or invoke")
+_SECONDS = Form(_parse_seconds, f"a whole number of seconds from 0 to {_MAX_SECONDS}")
+_URL = Form(_parse_url, "http://host, https://host or file:///directory")
+_LEVEL = Form(_parse_level, f"one of {', '.join(LOG_LEVELS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable. `default` is its text when unset; None leaves the setting None."""
+
+    name: str
+    default: str | None
+    form: Form
+    meaning: str
+
+
+def _variable(
+    name: str, default: str | None, form: Form, meaning: str, *, repr: bool = True
+) -> Any:
+    return field(metadata={"variable": Variable(name, default, form, meaning)}, repr=repr)
+
+
+def _component(
+    name: str, default: str | None, form: Form, meaning: str, *, repr: bool = True
+) -> Any:
+    return _variable(PREFIX + name, default, form, meaning, repr=repr)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the platform and the packager of the image decided."""
+
+    cmd: str | tuple[str, ...] | None = _component("CMD_B64J", None, _COMMAND, "the image's CMD")
+    entrypoint: str | tuple[str, ...] | None = _component(
+        "ENTRYPOINT_B64J", None, _COMMAND, "the image's ENTRYPOINT"
+    )
+    user: str = _component("USER", "", _TEXT, "the image's USER: `user`, `user:group`, `:group`")
+    set_extra_groups: bool = _component(
+        "SET_EXTRA_GROUPS", "True", _FLAG, "`True` gives the process the user's other groups too"
+    )
+    input_path: Path = _component(
+        "INPUT_PATH", "/input", _EMPTIED_PATH, "where the process reads its inputs"
+    )
+    output_path: Path = _component(
+        "OUTPUT_PATH", "/output", _EMPTIED_PATH, "where the process writes its outputs"
+    )
+    use_linked_input: bool = _component(
+        "USE_LINKED_INPUT", "True", _FLAG, "`True` makes the input path a link to another directory"
+    )
+    linked_input_parent: Path = _component(
+        "LINKED_INPUT_PARENT", "/opt/ml/input/data/", _PATH, "where that one lies, as `{pk}-input`"
+    )
+    model: S3Location | None = _component(
+        "MODEL", None, _ARCHIVE, "a tar (plain, gz, bz2, xz) unpacked before the first task"
+    )
+    model_dest: Path = _component(
+        "MODEL_DEST", "/opt/ml/model/", _PATH, "where the model is unpacked"
+    )
+    ground_truth: S3Location | None = _component("GROUND_TRUTH", None, _ARCHIVE, "another such tar")
+    ground_truth_dest: Path = _component(
+        "GROUND_TRUTH_DEST",
+        "/opt/ml/input/data/ground_truth/",
+        _PATH,
+        "where the ground truth is unpacked",
+    )
+    writable_directories: tuple[Path, ...] = _component(
+        "WRITABLE_DIRECTORIES",
+        "/opt/ml/output/data:/opt/ml/model:/opt/ml/input/data/ground_truth:/opt/ml/checkpoints:/tmp",
+        _lists(_PATH),
+        "made where missing, and writable for everybody",
+    )
+    post_clean_directories: tuple[Path, ...] = _component(
+        "POST_CLEAN_DIRECTORIES",
+        "/opt/ml/output/data:/opt/ml/model:/opt/ml/input/data/ground_truth",
+        _lists(_EMPTIED_PATH),
+        "emptied at the end",
+    )
+    signing_key: bytes = _component(
+        "SIGNING_KEY_HEX", "", _HEX, "the key of the results' HMAC-SHA256", repr=False
+    )
+    runtime_output_bucket_name: str | None = _component(
+        "RUNTIME_OUTPUT_BUCKET_NAME", None, _BUCKET_NAME, "the bucket of the set-up's result"
+    )
+    runtime_output_prefix: str | None = _component(
+        "RUNTIME_OUTPUT_PREFIX", None, _OUTPUT_PREFIX, "the prefix of the set-up's result"
+    )
+    max_memory_mb: int = _component(
+        "MAX_MEMORY_MB", "0", _integers(0, _MAX_MEMORY_MB), "RLIMIT_DATA in MiB; 0 sets no limit"
+    )
+    async_concurrency: int = _component(
+        "ASYNC_CONCURRENCY", "50", _integers(1, _MAX_INTEGER), "most requests to S3 at a time"
+    )
+    boto_max_pool_connections: int = _component(
+        "BOTO_MAX_POOL_CONNECTIONS",
+        "120",
+        _integers(1, _MAX_INTEGER),
+        "most idle connections to S3",
+    )
+    api_method: str = _component(
+        "API_METHOD", "exec", _METHOD, "start the command for each task, or call its server"
+    )
+    start_and_health_timeout: timedelta = _component(
+        "START_AND_HEALTH_TIMEOUT_SECONDS", "300", _SECONDS, "for the server to become healthy"
+    )
+    health_check_call_timeout: timedelta = _component(
+        "HEALTH_CHECK_CALL_TIMEOUT_SECONDS", "10", _SECONDS, "for one answer about its health"
+    )
+    user_webserver_port: int = _component(
+        "USER_WEBSERVER_PORT", "4743", _integers(1, 65535), "where the server listens"
+    )
+    sigterm_grace: timedelta = _component(
+        "SIGTERM_GRACE_SECONDS", "5", _SECONDS, "from SIGTERM to SIGKILL"
+    )
+    endpoint_url: str | None = _variable(
+        "AWS_S3_ENDPOINT_URL", None, _URL, "the endpoint of S3, or a directory in its place"
+    )
+    log_level: str = _variable(
+        "LOG_LEVEL", "INFO", _LEVEL, "the least level of the shim's own lines"
+    )
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """Parse every variable of VARIABLES. Raises InvalidSettings with all problems."""
+        values: dict[str, Any] = {}
+        problems = list(_misnamed(environ))
+        for name, variable in VARIABLES.items():
+            text = environ.get(variable.name, variable.default)
+            try:
+                values[name] = None if text is None else variable.form.parse(text)
+            except (ValueError, InvalidFields):
+                problems.append(_problem(variable.name, variable.form.accepted, _shape(text or "")))
+        if problems:
+            raise InvalidSettings(problems)
+        return cls(**values, warnings=tuple(_warnings(environ)))
+
+
+# By the name of their field.
+VARIABLES: dict[str, Variable] = {
+    field.name: field.metadata["variable"] for field in fields(Settings) if field.metadata
+}
+
+# What it takes to say in the bucket that the other variables are not valid.
+RESULT_VARIABLES = tuple(
+    VARIABLES[name].name
+    for name in ("signing_key", "runtime_output_bucket_name", "runtime_output_prefix", "log_level")
+)
+
+
+def _misnamed(environ: Mapping[str, str]) -> Iterator[Problem]:
+    for name in environ:
+        if name.startswith(PREFIX) and not _is_utf8(name):
+            yield _problem(name, "a name in UTF-8", _shape(name))
+
+
+def _warnings(environ: Mapping[str, str]) -> Iterator[str]:
+    level = environ.get("LOG_LEVEL", "INFO")
+    if level.upper() not in LOG_LEVELS:
+        yield f"LOG_LEVEL: expected {_LEVEL.accepted}, found {_shape(level)}: taking INFO"
+
+
+def _problem(name: str, accepted: str, found: str) -> Problem:
+    # The text itself stays out of it: it may be a secret, or one in the wrong place.
+    printable = name.encode(errors="backslashreplace").decode()
+    message = f"expected {accepted}, found {found}"
+    return Problem(loc=(printable,), type="setting_invalid", message=message)
+
+
+def _shape(text: str) -> str:
+    if not text:
+        return "an empty text"
+    if not _is_utf8(text):
+        return f"{len(os.fsencode(text))} bytes that are not UTF-8"
+    return f"a text of {len(text)} character{'s' * (len(text) > 1)}"
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,36 @@
+"""The request to stop, made by a signal handler and seen by every wait."""
+
+from __future__ import annotations
+
+import os
+
+from shim.errors import TaskStopped
+
+
+class Stop:
+    """A request that is made once, never taken back, and that poll(2) can wait for."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.count = 0
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    @property
+    def requested(self) -> bool:
+        return self.count > 0
+
+    def request(self, signum: int) -> None:
+        """Ask everybody to stop; the first signal is the one that counts for the exit code."""
+        if self.signum is None:
+            self.signum = signum
+        self.count += 1
+        os.eventfd_write(self._event, 1)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable from the first request on; nobody reads it."""
+        return self._event
+
+    def check(self) -> None:
+        """Raise TaskStopped when a stop was requested."""
+        if self.requested:
+            raise TaskStopped("The task was stopped before it finished")
