@@ -101,7 +101,7 @@ class Workspace:
         path = Path(relative_path)
         if path.is_absolute() or ".." in path.parts or not path.name or "\0" in relative_path:
             raise UserSafeError(f"The path of an input is not valid: {relative_path!r}")
-        with _closing(os.open(self._input_root, _DIRECTORY)) as root:
+        with closing_descriptor(os.open(self._input_root, _DIRECTORY)) as root:
             os.close(make_directories(root, path.parts[:-1]))
         return self._input_root / path
 
@@ -147,7 +147,7 @@ class Workspace:
         return True
 
     def _reset_directory(self, path: Path, *, mode: int) -> bool:
-        with _closing(_open_or_make(path, mode=mode)) as directory:
+        with closing_descriptor(_open_or_make(path, mode=mode)) as directory:
             return _Emptying(directory, str(path), self._log).run()
 
     def _remove(self, path: Path) -> None:
@@ -167,13 +167,13 @@ class Workspace:
                 raise UserSafeError(OUTPUT_MESSAGE) from error
             self._log.warning(f"Skipping the output directory {path!r}: {error}")
             return
-        with _closing(directory), os.scandir(directory) as entries:
+        with closing_descriptor(directory), os.scandir(directory) as entries:
             yield from entries
 
     def _output_file(self, path: str, entry: os.DirEntry[str], user: User) -> OutputFile:
         if entry.is_symlink():
             target = self._resolve(path, user)
-            with _closing(self._open_output(target, user)) as file:
+            with closing_descriptor(self._open_output(target, user)) as file:
                 status = os.fstat(file)
         else:
             target = path
@@ -215,7 +215,7 @@ class Workspace:
         raise NotAnOutput("it is a link that leads out of the output directory")
 
     def _read_link(self, names: Sequence[str], name: str, user: User) -> str | None:
-        with _closing(self._open_output_directory(names, user)) as directory:
+        with closing_descriptor(self._open_output_directory(names, user)) as directory:
             try:
                 return os.readlink(name, dir_fd=directory)
             except OSError as error:
@@ -229,7 +229,7 @@ class Workspace:
             raise NotAnOutput("it lies too deep")
         here = os.open(self._output_path, _DIRECTORY)
         for name in names:
-            with _closing(here):
+            with closing_descriptor(here):
                 here = os.open(name, _DIRECTORY, dir_fd=here)
             if not may_read(os.fstat(here), user):
                 os.close(here)
@@ -240,7 +240,7 @@ class Workspace:
         """Open a file below the output directory; neither `path` nor a part of it may be a link."""
         *names, name = path.split("/")
         try:
-            with _closing(self._open_output_directory(names, user)) as directory:
+            with closing_descriptor(self._open_output_directory(names, user)) as directory:
                 # A device or a FIFO is not even opened, unless it takes the name just now.
                 _check_file(os.stat(name, dir_fd=directory, follow_symlinks=False), user)
                 file = os.open(name, _FILE, dir_fd=directory)
@@ -262,7 +262,7 @@ def clean_directory(path: Path, log: Log) -> bool:
     One that is missing is empty; a link in its place is reported, neither followed nor removed.
     """
     try:
-        with _closing(os.open(path, _DIRECTORY)) as directory:
+        with closing_descriptor(os.open(path, _DIRECTORY)) as directory:
             return _Emptying(directory, str(path), log).run()
     except FileNotFoundError:
         return True
@@ -279,7 +279,7 @@ def ensure_writable_directories(paths: Sequence[Path], log: Log) -> None:
     for path in paths:
         try:
             follow = path.is_symlink() and path.lstat().st_uid == 0
-            with _closing(_open_or_make(path, mode=0o777, follow=follow)) as directory:
+            with closing_descriptor(_open_or_make(path, mode=0o777, follow=follow)) as directory:
                 mode = stat.S_IMODE(os.fstat(directory).st_mode)
                 wanted = 0o777 | mode & stat.S_ISVTX
                 if mode != wanted:
@@ -288,11 +288,14 @@ def ensure_writable_directories(paths: Sequence[Path], log: Log) -> None:
             log.warning(f"Could not make a directory writable: {error}")
 
 
-def make_directories(root: int, names: Sequence[str], *, uid: int = -1, gid: int = -1) -> int:
-    """Return a descriptor of the directory `names` below root; those that are missing are made."""
+def make_directories(root: int, names: Sequence[str], owner: tuple[int, int] = (-1, -1)) -> int:
+    """Return a descriptor of the directory `names` below root.
+
+    Those that are missing are made, for the owner (uid, gid; -1 = the shim's own).
+    """
     here = os.dup(root)
     for name in names:
-        with _closing(here):
+        with closing_descriptor(here):
             is_new = True
             try:
                 os.mkdir(name, dir_fd=here)
@@ -301,7 +304,7 @@ def make_directories(root: int, names: Sequence[str], *, uid: int = -1, gid: int
             here = os.open(name, _DIRECTORY, dir_fd=here)
         if is_new:
             os.fchmod(here, 0o755)
-            os.fchown(here, uid, gid)
+            os.fchown(here, *owner)
     return here
 
 
@@ -404,7 +407,7 @@ class _Emptying:
 
 
 @contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
+def closing_descriptor(descriptor: int) -> Iterator[int]:
     try:
         yield descriptor
     finally:
@@ -438,7 +441,7 @@ def _is_mount_point(path: Path) -> bool:
 
 def _mount_id(path: Path) -> list[str]:
     """Return the number of the mount that a path lies on: proc(5), /proc/pid/fdinfo."""
-    with _closing(os.open(path, os.O_PATH | os.O_NOFOLLOW)) as descriptor:
+    with closing_descriptor(os.open(path, os.O_PATH | os.O_NOFOLLOW)) as descriptor:
         info = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
     return info.partition("mnt_id:")[2].split()[:1]
 
