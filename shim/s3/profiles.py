@@ -69,10 +69,10 @@ def _sections_of(config: Mapping[str, Section], kind: str) -> dict[str, Section]
 def _read_sections(environ: Mapping[str, str], variable: str, default: str) -> dict[str, Section]:
     path = Path(_expand(environ.get(variable) or default, environ))
     try:
+        if not path.is_file():
+            return {}
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return {}
     except OSError as error:
         raise ProfileInvalid(f"Unable to read {path}: {error.strerror}") from error
     if len(content) > MAX_FILE_BYTES:
