@@ -99,18 +99,19 @@ class Relay:
         Where somebody still holds a pipe, the end is QUIET_SECONDS of silence or the deadline.
         Blocks longer only for a reader of the log who does not read.
         """
-        if self._wake_fd < 0:
-            return
-        self._quiet_at = time.monotonic() + QUIET_SECONDS
-        self._deadline = time.monotonic() + deadline_seconds
-        os.eventfd_write(self._wake_fd, 1)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._quiet_at = time.monotonic() + QUIET_SECONDS
+            self._deadline = time.monotonic() + deadline_seconds
+            os.eventfd_write(self._wake_fd, 1)
+            self._thread.join()
         with self._lock:
             for stream in list(self._streams.values()):
                 self._drain(stream)
+            for stream in list(self._streams.values()):
                 self._close(stream)
-        os.close(self._wake_fd)
-        self._wake_fd = -1
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
 
     def _run(self) -> None:
         while self._streams and not self._is_over():

@@ -1,0 +1,250 @@
+"""Start a process, wait for it with a limit, end it with everything it left behind.
+
+Rule 1: a start either gives a running process or a sentence that says what to do.
+Rule 2: a wait has a monotonic deadline, ends at once when the process ends or a stop is requested,
+        and does not spin.
+Rule 3: a process is asked to end (SIGTERM to its group), given its grace, then made to (SIGKILL).
+Rule 4: a return code is an exit status, or -n after signal n; nobody else collects it.
+Rule 5: SIGKILL that nobody here sent, with a rise of the cgroup's oom_kill counter, is the
+        kernel's answer to too much memory.
+Rule 6: nothing that the process started survives end().
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from shim import descendants
+from shim.errors import UserSafeError
+from shim.executables import explain_exec_error
+from shim.launch import Launched, ProcessSpec, StartError, launch
+from shim.users import User
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from shim.stopping import Stop
+
+_SLICE_SECONDS = 0.05  # where we must look again: no pidfd before Linux 5.3, second signals
+_MAX_HELPER_BYTES = 1 << 20
+_NO_TIME = timedelta(0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """How a process ended.
+
+    - return_code: its exit status, or -n when signal n ended it
+    - timed_out, stopped: it was made to end, by its time limit or by a signal to the shim
+    - oom_killed: the kernel ended it for want of memory
+    """
+
+    return_code: int
+    timed_out: bool = False
+    stopped: bool = False
+    oom_killed: bool = False
+
+
+def start(spec: ProcessSpec, *, memory_events: MemoryEvents | None = None) -> Process:
+    """Start the user's command, its streams on two new pipes.
+
+    Raises UserSafeError with a sentence that says what to do.
+    """
+    descendants.adopt_orphans()
+    events = memory_events or MemoryEvents()
+    oom_kills = events.count_oom_kills()
+    try:
+        return Process(launch(spec), lambda: events.count_oom_kills() > oom_kills)
+    except StartError as error:
+        raise UserSafeError(_explain(error, spec)) from error
+
+
+def run_helper(argv: Sequence[str], env: Mapping[str, str], timeout: timedelta) -> bytes:
+    """Run a program of the platform's, as ourselves, and return what it wrote to stdout.
+
+    Raises OSError: it could not be started, failed (with the end of its stderr), wrote more than
+    1 MiB, or did not end in time (TimeoutError).
+    """
+    process = Process(launch(ProcessSpec(argv=tuple(argv), env=env, user=User())))
+    deadline = time.monotonic() + timeout.total_seconds()
+    try:
+        output = _read_all((process.stdout_fd, process.stderr_fd), deadline=deadline)
+        if not process.await_end(deadline=deadline):
+            raise TimeoutError(errno.ETIMEDOUT, "The helper program did not end in time", argv[0])
+    finally:
+        process.kill()
+        os.close(process.stdout_fd)
+        os.close(process.stderr_fd)
+    stdout, stderr = output
+    if process.poll() != 0:
+        reason = stderr[-1000:].decode("utf-8", "replace").strip()
+        raise ChildProcessError(f"{argv[0]} ended with status {process.poll()}: {reason}")
+    return stdout
+
+
+class Process:
+    """A process that we started, in a session and group of its own.
+
+    Its streams' read ends, stdout_fd and stderr_fd, belong to the caller.
+    """
+
+    def __init__(
+        self, launched: Launched, has_oom_kill: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.pid = launched.pid
+        self.stdout_fd = launched.stdout_fd
+        self.stderr_fd = launched.stderr_fd
+        self._has_oom_kill = has_oom_kill
+        self._return_code: int | None = None
+        self._pidfd: int | None = None
+        with suppress(OSError):  # before Linux 5.3, or forbidden by an old container engine
+            self._pidfd = os.pidfd_open(self.pid)
+
+    def poll(self) -> int | None:
+        """Return the return code when the process has ended, else None."""
+        code = descendants.collect(self.pid)
+        if code is not None:
+            self._return_code = code
+        return self._return_code
+
+    def wait(self, *, timeout: timedelta | None, grace: timedelta, stop: Stop) -> Ending:
+        """Wait for the end of the process; bring it about after timeout (None: no limit) or a stop.
+
+        It is asked with SIGTERM and, after grace or a second signal to the shim, made to with
+        SIGKILL, and its group with it. Its other descendants are left to end().
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
+        if self.await_end(deadline=deadline, stop=stop):
+            code = self.poll() or 0
+            # A shell says 137 when the kernel ended what it ran.
+            by_sigkill = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+            return Ending(return_code=code, oom_killed=by_sigkill and self._has_oom_kill())
+        stopped = stop.requested
+        self._terminate(grace, stop)
+        ending_code = self.poll()
+        return Ending(
+            return_code=-signal.SIGKILL if ending_code is None else ending_code,
+            timed_out=not stopped,
+            stopped=stopped,
+        )
+
+    def end(self, *, grace: timedelta = _NO_TIME) -> int:
+        """End the process if it is alive, then all its descendants; return how many those were.
+
+        Takes every orphan that came to us for one of them. Bounded in time.
+        """
+        if self.poll() is None:
+            self._terminate(grace, None)
+        ended = descendants.end_descendants(self.pid)
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        return ended
+
+    def kill(self) -> None:
+        """End the process, if it is alive, and its group, at once."""
+        descendants.signal_group(self.pid, signal.SIGKILL)
+        self.await_end(deadline=time.monotonic() + descendants.KILL_SECONDS)
+
+    def await_end(
+        self, *, deadline: float | None, stop: Stop | None = None, stop_count: int = 1
+    ) -> bool:
+        """Return whether the process ended before the deadline and the stop_count-th signal."""
+        poller = select.poll()
+        if self._pidfd is not None:
+            poller.register(self._pidfd, select.POLLIN)
+        if stop is not None and stop_count == 1:
+            poller.register(stop.fileno(), select.POLLIN)
+        must_look_again = self._pidfd is None or (stop is not None and stop_count > 1)
+        while self.poll() is None:
+            now = time.monotonic()
+            if stop is not None and stop.count >= stop_count:
+                return False
+            if deadline is not None and now >= deadline:
+                return False
+            waits = [] if deadline is None else [deadline - now]
+            waits += [_SLICE_SECONDS] if must_look_again else []
+            poller.poll(min(waits) * 1000 + 1 if waits else None)
+        return True
+
+    def _terminate(self, grace: timedelta, stop: Stop | None) -> None:
+        """Ask the group to end, wait for the process for grace, then make them end."""
+        descendants.signal_group(self.pid, signal.SIGTERM)
+        descendants.signal_group(self.pid, signal.SIGCONT)  # who is stopped cannot end in order
+        deadline = time.monotonic() + grace.total_seconds()
+        self.await_end(deadline=deadline, stop=stop, stop_count=2)
+        self.kill()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEvents:
+    """Where the kernel tells of our memory cgroup, v1 or v2."""
+
+    cgroup: Path = Path("/proc/self/cgroup")
+    root: Path = Path("/sys/fs/cgroup")
+
+    def count_oom_kills(self) -> int:
+        """Return how often the kernel killed there; 0 where nobody knows."""
+        with suppress(OSError, ValueError):
+            for line in self.cgroup.read_text().splitlines():
+                _, controllers, path = line.split(":", 2)
+                if "memory" in controllers.split(","):
+                    directory, name = self.root / "memory", "memory.oom_control"
+                elif not controllers:
+                    directory, name = self.root, "memory.events"
+                else:
+                    continue
+                # In a container our own cgroup is often mounted as the root, whatever its path.
+                for place in (directory / path.lstrip("/"), directory):
+                    with suppress(OSError):
+                        counts = dict(
+                            row.split() for row in (place / name).read_text().splitlines()
+                        )
+                        return int(counts.get("oom_kill", 0))
+        return 0
+
+
+def _explain(error: StartError, spec: ProcessSpec) -> str:
+    """Return the sentence for the author of the image."""
+    if error.step == "exec":
+        return explain_exec_error(error.filename, error.errno or 0)
+    if error.step == "user":
+        return (
+            f"The command cannot be run as uid {spec.user.uid}, gid {spec.user.gid}: "
+            f"{os.strerror(error.errno or 0)}; start the container as root, with the "
+            "capabilities SETUID and SETGID"
+        )
+    if error.step == "arguments":
+        return "An argument or an environment variable of the command is not a valid text"
+    return f"The command could not be started, {error.strerror}"
+
+
+def _read_all(fds: tuple[int, int], *, deadline: float) -> tuple[bytes, bytes]:
+    """Read both pipes to their ends. Raises TimeoutError, or OSError when it is too much."""
+    outputs = {fd: bytearray() for fd in fds}
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    remaining = set(fds)
+    while remaining:
+        timeout = deadline - time.monotonic()
+        if timeout <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, "The helper program did not end in time")
+        for fd, _ in poller.poll(timeout * 1000):
+            data = os.read(fd, 65536)
+            outputs[fd] += data
+            if not data:
+                poller.unregister(fd)
+                remaining.discard(fd)
+            if len(outputs[fd]) > _MAX_HELPER_BYTES:
+                raise OSError(errno.EFBIG, "The helper program wrote too much")
+    return bytes(outputs[fds[0]]), bytes(outputs[fds[1]])
