@@ -44,7 +44,7 @@ def combine_crc32(parts: Iterable[tuple[int, int]]) -> int:
     """Return the CRC32 of joined parts, given each one's CRC32 and length in bytes."""
     total = 0
     for crc, length in parts:
-        total = _multiply(_shift(length), total) ^ crc
+        total = (_multiply(_shift(length), total) if total else 0) ^ crc
     return total
 
 

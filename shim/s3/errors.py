@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 
 class S3ClientError(Exception):
-    """Base of every error of this package."""
+    """Base of every error of this package; retries: how often the request was repeated."""
+
+    retries = 0
 
 
 class NoCredentials(S3ClientError):
@@ -62,7 +64,10 @@ class ServiceError(S3ClientError):
             # The words that users know; a HEAD request could not have told the rest.
             where.insert(0, f"{code}: {message}")
             code, operation, message = "404", "HeadObject", "Not Found"
-        text = f"An error occurred ({code}) when calling the {operation} operation: {message}"
+        retried = f" (reached max retries: {self.retries})" if self.retries else ""
+        text = (
+            f"An error occurred ({code}) when calling the {operation} operation{retried}: {message}"
+        )
         return " ".join(f"{text} ({'; '.join(where)})".split())
 
 

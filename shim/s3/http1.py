@@ -68,6 +68,7 @@ class Request:
         self.target, self.headers, self.data = target, headers, body
         self.connect_seconds, self.read_seconds = connect_seconds, read_seconds
         self.cancelled, self.proxied = cancelled, proxied
+        self.route = (scheme, host, port, proxied)
         self.timeout: object = None  # set by OpenerDirector
 
     @property
@@ -118,8 +119,9 @@ def parse_head(data: bytes) -> tuple[int, str, dict[str, str], bool]:
 class Connection:
     """A socket, with what was received and not yet consumed."""
 
-    def __init__(self, sock: socket.socket, *, is_tls: bool) -> None:
-        self._sock, self._is_tls = sock, is_tls
+    def __init__(self, sock: socket.socket, route: object, *, is_tls: bool) -> None:
+        """route: what another request must have in common to be sent here."""
+        self._sock, self.route, self._is_tls = sock, route, is_tls
         self._buffer = bytearray(HEAD_LIMIT_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -309,16 +311,16 @@ class Response:
             pass
         return length
 
-    def receive(self, into: memoryview | None = None) -> memoryview:
-        """Return the next bytes of the body, valid until the next call; empty only at its end.
+    def receive(self, limit: int = 1 << 62, into: memoryview | None = None) -> memoryview:
+        """Return at most limit of the next bytes, valid until the next call; empty at the end.
 
         into: where bytes may be put; without it, and for the first ones, a small buffer is used.
         """
         if self._remaining == 0:
             return memoryview(b"")
         if self._remaining is None:
-            return self.connection.take(HEAD_LIMIT_BYTES, into)
-        piece = self.connection.take(self._remaining, into)
+            return self.connection.take(limit, into)
+        piece = self.connection.take(min(limit, self._remaining), into)
         if not piece:
             raise TransportError("The answer ended before its announced length")
         self._remaining -= len(piece)

@@ -132,11 +132,9 @@ def skew_of(headers: Mapping[str, str], *, now: datetime) -> timedelta:
         return timedelta(0)
 
 
-def delay_seconds(
-    kind: Kind, *, retry: int, headers: Mapping[str, str], random: float
-) -> float:
+def delay_seconds(kind: Kind, *, retry: int, headers: Mapping[str, str], random: float) -> float:
     """Return how long to wait before retry number 1, 2, ...; random: of 0 to 1."""
-    longest = POLICIES[kind].base_seconds * 2 ** (retry - 1)
+    longest: float = POLICIES[kind].base_seconds * 2 ** (retry - 1)
     delay = random * min(longest, LONGEST_DELAY_SECONDS)
     return max(delay, min(_asked_seconds(headers), LONGEST_DELAY_SECONDS))
 

@@ -41,9 +41,7 @@ if TYPE_CHECKING:
         def open(self, bucket: str, key: str) -> BinaryIO:
             """Open an object for reading in order."""
 
-        def download(
-            self, bucket: str, key: str, path: Path, *, crew: Crew | None = None
-        ) -> None:
+        def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
             """Make path hold the object's bytes; on failure path is as it was."""
 
         def upload(

@@ -173,16 +173,16 @@ class Transport:
             self._opener = _build_opener(self._exchange)
         return self._opener.open(request)  # type: ignore[arg-type, no-any-return]
 
-    def finish(self, request: Request, response: Response) -> None:
+    def finish(self, response: Response) -> None:
         """Keep the answer's connection where it may serve again, close it otherwise."""
-        route = (request.type, request.host, request.port, request.proxied)
+        connection = response.connection
         if response.can_keep:
             with self._lock:
                 if self._idle_count < self._max_idle:
-                    self._idle.setdefault(route, []).append(response.connection)
+                    self._idle.setdefault(connection.route, []).append(connection)
                     self._idle_count += 1
                     return
-        response.connection.close()
+        connection.close()
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -225,7 +225,7 @@ class Transport:
         try:
             content = response.read(FETCH_LIMIT_BYTES)
         finally:
-            self.finish(request, response)
+            self.finish(response)
         return FetchResponse(status=response.status, headers=response.headers, body=content)
 
     def _exchange(self, request: Request) -> Response:
@@ -249,17 +249,16 @@ class Transport:
         return self._proxy_of[origin]
 
     def _reuse(self, request: Request) -> Connection | None:
-        route = (request.type, request.host, request.port, request.proxied)
-        while connections := self._idle.get(route):
+        while True:
             with self._lock:
+                connections = self._idle.get(request.route)
                 if not connections:
-                    continue
+                    return None
                 connection = connections.pop()
                 self._idle_count -= 1
             if connection.is_idle():
                 return connection
             connection.close()
-        return None
 
     def _connect(self, request: Request, proxy: Proxy | None) -> Connection:
         deadline = time.monotonic() + request.connect_seconds
@@ -271,11 +270,11 @@ class Transport:
             raise TransportError(f"Could not connect to the endpoint {where} ({reason})") from error
         try:
             if request.type == "http":
-                return Connection(sock, is_tls=False)
+                return Connection(sock, request.route, is_tls=False)
             if proxy:
                 _open_tunnel(sock, request, proxy)
             sock.settimeout(max(0.1, deadline - time.monotonic()))
-            return Connection(self._secure(sock, request.host), is_tls=True)
+            return Connection(self._secure(sock, request.host), request.route, is_tls=True)
         except BaseException:
             sock.close()
             raise
@@ -344,7 +343,7 @@ def _open_tunnel(sock: socket.socket, request: Request, proxy: Proxy) -> None:
         read_seconds=request.connect_seconds,
         cancelled=request.cancelled,
     )
-    response = Connection(sock, is_tls=False).exchange(connect, connect.head())
+    response = Connection(sock, connect.route, is_tls=False).exchange(connect, connect.head())
     if response.status != 200:
         raise TransportError(
             f"The proxy {proxy.host}:{proxy.port} refused a connection to {target}: "
@@ -365,4 +364,3 @@ def _build_opener(exchange: Callable[[Request], Response]) -> OpenerDirector:
     opener = OpenerDirector()
     opener.add_handler(KeepAliveHandler())
     return opener
-

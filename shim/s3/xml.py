@@ -86,7 +86,5 @@ def build_complete(parts: list[tuple[int, str, str]]) -> bytes:
     for number, etag, crc32 in parts:
         checksum = f"<ChecksumCRC32>{crc32}</ChecksumCRC32>" if crc32 else ""
         etag = etag.replace("&", "&amp;").replace("<", "&lt;")
-        lines.append(
-            f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag>{checksum}</Part>"
-        )
+        lines.append(f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag>{checksum}</Part>")
     return "".join([*lines, "</CompleteMultipartUpload>"]).encode()

@@ -1,0 +1,227 @@
+"""The client: S3, or a directory in its place."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+import zlib
+from binascii import b2a_base64
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from shim.s3.checksums import Checksum, encode_crc32
+from shim.s3.credentials import credential_provider
+from shim.s3.crew import Crew
+from shim.s3.directory import DirectoryStore
+from shim.s3.download import ObjectReader, download
+from shim.s3.endpoints import EndpointConfiguration
+from shim.s3.errors import IntegrityError, S3ClientError
+from shim.s3.http1 import Response, never
+from shim.s3.operations import Operation, Service
+from shim.s3.profiles import read_profile
+from shim.s3.retries import PERSISTENT_ATTEMPTS, configured_attempts
+from shim.s3.store import ObjectHead, ObjectSummary
+from shim.s3.transport import Proxies, Transport, Trust
+from shim.s3.upload import Simple, upload
+from shim.s3.xml import Page, parse_page
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    from shim.s3.store import Log, Store
+
+PAGE_LIMIT_BYTES = 16 << 20
+PATIENCE_SECONDS = 8.0
+
+
+class _Get(Simple):
+    """A small object in memory."""
+
+    def __init__(self, bucket: str, key: str, max_bytes: int) -> None:
+        operation = Operation(
+            name="GetObject",
+            method="GET",
+            bucket=bucket,
+            key=key,
+            headers={"x-amz-checksum-mode": "ENABLED"},
+        )
+        super().__init__(lambda: operation)
+        self._uri, self._max_bytes = f"s3://{bucket}/{key}", max_bytes
+
+    def consume(self, response: Response) -> bytes:  # type: ignore[override]
+        if (response.remaining or 0) > self._max_bytes:
+            raise S3ClientError(f"{self._uri} is longer than {self._max_bytes} bytes")
+        body = response.read(self._max_bytes)
+        checksum = Checksum(response.headers)
+        checksum.update(body)
+        if checksum.expected and checksum.value() != checksum.expected:
+            raise IntegrityError(f"{self._uri} does not have the checksum that was announced")
+        return body
+
+
+class _List(Simple):
+    """A page of a listing."""
+
+    def consume(self, response: Response) -> Page:  # type: ignore[override]
+        return parse_page(response.read(PAGE_LIMIT_BYTES))
+
+
+class S3Client:
+    """Objects in S3."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def get(self, bucket: str, key: str, *, max_bytes: int) -> bytes:
+        """Return a whole object, refuse one that is longer."""
+        body: bytes = self._service.perform(_Get(bucket, key, max_bytes))
+        return body
+
+    def put(
+        self,
+        bucket: str,
+        key: str,
+        body: bytes,
+        *,
+        metadata: Mapping[str, str] = {},  # noqa: B006
+        persistent: bool = False,
+    ) -> None:
+        """Store a small object; persistent: retry hardest, also for a while after a stop."""
+        # Content-MD5 is the one check of the body that every server makes.
+        md5 = hashlib.md5(body, usedforsecurity=False).digest()
+        headers = {
+            "content-md5": b2a_base64(md5, newline=False).decode(),
+            "x-amz-checksum-crc32": encode_crc32(zlib.crc32(body)),
+        }
+        headers |= {f"x-amz-meta-{name}": value for name, value in metadata.items()}
+        operation = Operation(
+            name="PutObject", method="PUT", bucket=bucket, key=key, headers=headers, body=body
+        )
+        self._service.perform(
+            Simple(lambda: operation),
+            cancelled=_with_patience(self._service.cancelled) if persistent else None,
+            attempts=PERSISTENT_ATTEMPTS if persistent else 0,
+        )
+
+    def head(self, bucket: str, key: str) -> ObjectHead:
+        """Describe an object."""
+        operation = Operation(name="HeadObject", method="HEAD", bucket=bucket, key=key)
+        headers = self._service.perform(Simple(lambda: operation))
+        prefix = "x-amz-meta-"
+        return ObjectHead(
+            size=int(headers.get("content-length", 0)),
+            etag=headers.get("etag", ""),
+            metadata={
+                name.removeprefix(prefix).replace("-", "_"): value
+                for name, value in headers.items()
+                if name.startswith(prefix)
+            },
+        )
+
+    def list(self, bucket: str, prefix: str) -> Iterator[ObjectSummary]:
+        """Yield what lies below a prefix, in the order of keys."""
+        token, seen = "", set()
+        while True:
+            query = {"list-type": "2", "prefix": prefix, "encoding-type": "url"}
+            if token:
+                query["continuation-token"] = token
+            page = self._page(bucket, tuple(query.items()))
+            for key, size in page.objects:
+                yield ObjectSummary(key=key, size=size)
+            if not page.token:
+                return
+            if page.token in seen:
+                raise S3ClientError(f"The listing of s3://{bucket}/{prefix} goes round in circles")
+            seen.add(page.token)
+            token = page.token
+
+    def _page(self, bucket: str, query: tuple[tuple[str, str], ...]) -> Page:
+        operation = Operation(name="ListObjectsV2", method="GET", bucket=bucket, query=query)
+        page: Page = self._service.perform(_List(lambda: operation))
+        return page
+
+    def open(self, bucket: str, key: str) -> BinaryIO:
+        """Open an object for reading in order; it is verified as its last byte is read."""
+        return io.BufferedReader(ObjectReader(self._service, bucket, key), 1 << 18)
+
+    def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
+        """Make path hold the object's bytes; on failure path is as it was."""
+        download(self._service, bucket, key, str(path), crew or self._alone())
+
+    def upload(
+        self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
+    ) -> None:
+        """Store a file, whose size must not change; its position is neither used nor moved."""
+        upload(self._service, bucket, key, fd, size, crew or self._alone())
+
+    def close(self) -> None:
+        """Close kept connections."""
+        self._service.close()
+
+    def _alone(self) -> Crew:
+        return Crew(concurrency=0, cancelled=self._service.cancelled)
+
+
+def _with_patience(cancelled: Callable[[], bool]) -> Callable[[], bool]:
+    """Let an operation go on for a while after the request to stop."""
+    stops: list[float] = []
+
+    def is_over() -> bool:
+        if not stops and cancelled():
+            stops.append(time.monotonic() + PATIENCE_SECONDS)
+        return bool(stops) and time.monotonic() > stops[0]
+
+    return is_over
+
+
+def connect(
+    environ: Mapping[str, str],
+    *,
+    concurrency: int,
+    max_connections: int,
+    log: Log,
+    run_helper: Callable[[list[str], float], bytes],
+    cancelled: Callable[[], bool] = never,
+    carried_bundle: str = "",
+) -> Store:
+    """Return the store that the environment describes; nothing is contacted yet.
+
+    concurrency: of requests, at most; max_connections: that are kept open, at most.
+    run_helper(argv, timeout_seconds): runs a program that prints credentials.
+    carried_bundle: certificates for images that have none.
+    """
+    profile = read_profile(environ)
+    endpoint_url = environ.get("AWS_S3_ENDPOINT_URL", "")
+    if endpoint_url.startswith("file:"):
+        return DirectoryStore(Path(unquote(urlsplit(endpoint_url).path)))
+    configuration = EndpointConfiguration.from_environ(environ, profile.settings)
+    trust = Trust(
+        environ,
+        profile_bundle=profile.settings.get("ca_bundle", ""),
+        carried_bundle=carried_bundle,
+    )
+    transport = Transport(proxies=Proxies(environ), trust=trust, max_connections=max_connections)
+    credentials = credential_provider(
+        environ,
+        profile=profile,
+        region=configuration.region,
+        fetch=transport.fetch,
+        run_helper=run_helper,
+        now=lambda: datetime.now(UTC),
+        log=log,
+    )
+    return S3Client(
+        Service(
+            configuration=configuration,
+            credentials=credentials,
+            transport=transport,
+            attempts=configured_attempts(environ, profile.settings),
+            concurrency=concurrency,
+            log=log,
+            cancelled=cancelled,
+        )
+    )

@@ -1,0 +1,162 @@
+"""The interface of S3 over directories: what a file:// endpoint and a laptop use.
+
+A key is a path below its bucket's directory; empty and "." parts of a key lead nowhere else than
+the key without them. Metadata of ROOT/bucket/key lie in ROOT/.metadata/bucket/key.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from shim.s3.errors import S3ClientError, ServiceError
+from shim.s3.store import ObjectHead, ObjectSummary
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    from shim.s3.crew import Crew
+
+METADATA = ".metadata"
+BLOCK_BYTES = 1 << 20
+
+
+class DirectoryStore:
+    """Buckets that are directories."""
+
+    def __init__(self, root: Path, *, buckets: Mapping[str, Path] | None = None) -> None:
+        """root: holds the buckets that are not in `buckets`, and the metadata of all."""
+        self._root, self._buckets = root, buckets or {}
+
+    def get(self, bucket: str, key: str, *, max_bytes: int) -> bytes:
+        """Return a whole object, refuse one that is longer."""
+        with self.open(bucket, key) as file:
+            body = file.read(max_bytes + 1)
+        if len(body) > max_bytes:
+            raise S3ClientError(f"s3://{bucket}/{key} is longer than {max_bytes} bytes")
+        return body
+
+    def put(
+        self,
+        bucket: str,
+        key: str,
+        body: bytes,
+        *,
+        metadata: Mapping[str, str] = {},  # noqa: B006
+        persistent: bool = False,
+    ) -> None:
+        """Store a small object."""
+        self._replace(self._path(bucket, key, "PutObject"), body)
+        described = self._metadata_path(bucket, key)
+        if metadata:
+            self._replace(described, json.dumps(dict(metadata)).encode())
+        else:
+            described.unlink(missing_ok=True)
+
+    def head(self, bucket: str, key: str) -> ObjectHead:
+        """Describe an object; its ETag changes when it is replaced."""
+        try:
+            status = self._path(bucket, key, "HeadObject").stat()
+        except OSError as error:
+            raise _missing("HeadObject", bucket, key) from error
+        try:
+            metadata = json.loads(self._metadata_path(bucket, key).read_bytes())
+        except FileNotFoundError:
+            metadata = {}
+        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
+        return ObjectHead(size=status.st_size, etag=etag, metadata=metadata)
+
+    def list(self, bucket: str, prefix: str) -> Iterator[ObjectSummary]:
+        """Yield what lies below a prefix, in the order of keys."""
+        before, slash, _ = prefix.rpartition("/")
+        directory = self._path(bucket, before, "ListObjectsV2")
+        keys = []
+        for parent, _, names in os.walk(directory):
+            for name in names:
+                path = os.path.join(parent, name)
+                key = before + slash + os.path.relpath(path, directory)
+                if key.startswith(prefix) and os.path.isfile(path):
+                    keys.append((key, path))
+        for key, path in sorted(keys, key=lambda item: item[0].encode()):
+            yield ObjectSummary(key=key, size=os.path.getsize(path))
+
+    def open(self, bucket: str, key: str) -> BinaryIO:
+        """Open an object for reading in order."""
+        try:
+            return self._path(bucket, key, "GetObject").open("rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise _missing("GetObject", bucket, key) from error
+
+    def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
+        """Make path hold the object's bytes; on failure path is as it was."""
+        with self.open(bucket, key) as source:
+            _replace_with(path, iter(lambda: source.read(BLOCK_BYTES), b""))
+
+    def upload(
+        self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
+    ) -> None:
+        """Store the first size bytes of a file."""
+        path = self._path(bucket, key, "PutObject")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blocks = (
+            os.pread(fd, min(BLOCK_BYTES, size - start), start)
+            for start in range(0, size, BLOCK_BYTES)
+        )
+        _replace_with(path, blocks)
+        self._metadata_path(bucket, key).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
+
+    def _replace(self, path: Path, body: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace_with(path, iter([body]))
+
+    def _path(self, bucket: str, key: str, operation: str) -> Path:
+        """Return the file of a key; ServiceError for one that would lie elsewhere."""
+        top = self._buckets.get(bucket, self._root / bucket)
+        parts = [part for part in key.split("/") if part not in ("", ".")]
+        path = top.joinpath(*parts)
+        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(top))
+        if ".." in parts or "\0" in key or bucket in (METADATA, ".", "..") or not inside:
+            raise ServiceError(
+                operation=operation,
+                bucket=bucket,
+                key=key,
+                status=400,
+                code="InvalidArgument",
+                message="The key would lie outside of its bucket's directory",
+                headers={},
+            )
+        return path
+
+    def _metadata_path(self, bucket: str, key: str) -> Path:
+        return self._root / METADATA / bucket / f"{key.strip('/')}.json"
+
+
+def _missing(operation: str, bucket: str, key: str) -> ServiceError:
+    return ServiceError(
+        operation=operation,
+        bucket=bucket,
+        key=key,
+        status=404,
+        code="NoSuchKey",
+        message="The specified key does not exist.",
+        headers={},
+    )
+
+
+def _replace_with(path: Path, blocks: Iterator[bytes]) -> None:
+    """Write a file under another name, then give it its own."""
+    temporary = path.with_name(f".{os.urandom(12).hex()}.part")
+    try:
+        with temporary.open("xb") as file:
+            for block in blocks:
+                file.write(block)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,296 @@
+"""Whole objects to files and to a reader.
+
+The first GET asks for everything and streams from the start; of a large object, other threads take
+parts from the end until they meet. No HEAD is needed, and a small object costs one request.
+
+    | 0 stream -> | 1 -> | 2 -> | ... | <- n-2 | <- n-1 |      PART_BYTES each
+
+Rule 1: every answer's range, total and ETag are checked; some servers ignore Range or If-Match.
+Rule 2: a body that breaks off is resumed at the byte reached.
+Rule 3: a file gets its name only when it is complete and its checksum was compared.
+Rule 4: an object that changes under way, or arrives damaged, is fetched once more from the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import threading
+import zlib
+from binascii import b2a_base64
+
+from shim.s3.buffers import borrow_buffer
+from shim.s3.checksums import Checksum, combine_crc32, encode_crc32
+from shim.s3.crew import Crew, Work
+from shim.s3.errors import (
+    IntegrityError,
+    ObjectChanged,
+    S3ClientError,
+    ServiceError,
+    TransportError,
+)
+from shim.s3.http1 import HEAD_LIMIT_BYTES, Response
+from shim.s3.operations import Operation, Service
+from shim.s3.retries import RESUMES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+PART_BYTES = 8 << 20
+MOST_HELPERS = 15
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+class _Version:
+    """The object as the first answer described it; later ones must agree."""
+
+    def __init__(self, bucket: str, key: str) -> None:
+        self.bucket, self.key = bucket, key
+        self.size: int | None = None
+        self.etag = ""
+        self.headers: Mapping[str, str] = {}
+
+    def operation(self, start: int, stop: int) -> Operation:
+        """Ask for everything, or when the size is known for [start, stop)."""
+        if self.size is None:
+            headers = {"x-amz-checksum-mode": "ENABLED"}
+        else:
+            headers = {"range": f"bytes={start}-{stop - 1}"}
+            if self.etag and not self.etag.startswith("W/"):
+                headers["if-match"] = self.etag
+        return Operation(
+            name="GetObject", method="GET", bucket=self.bucket, key=self.key, headers=headers
+        )
+
+    def check(self, response: Response, start: int, stop: int) -> int:
+        """Check an answer to operation(); return the object's size."""
+        if self.size is None:
+            if response.status != 200 or "content-range" in response.headers:
+                raise TransportError(
+                    "The answer is a part of the object, and all of it was asked for"
+                )
+            if response.remaining is None:
+                raise TransportError("The answer does not tell the object's length")
+            self.size, self.headers = response.remaining, response.headers
+            self.etag = response.headers.get("etag", "")
+            return self.size
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+        if not match:
+            raise S3ClientError(f"The server ignores ranges (s3://{self.bucket}/{self.key})")
+        first, last, size = map(int, match.groups())
+        etags = {_opaque(self.etag), _opaque(response.headers.get("etag", ""))} - {""}
+        if size != self.size or len(etags) > 1:
+            raise self.changed()
+        if (first, last, response.remaining) != (start, stop - 1, stop - start):
+            raise TransportError(f"The answer holds bytes {first}-{last}, not {start}-{stop - 1}")
+        return size
+
+    def changed(self) -> ObjectChanged:
+        """Say that another version took its place."""
+        return ObjectChanged(f"s3://{self.bucket}/{self.key} was replaced during the download")
+
+
+def _opaque(etag: str) -> str:
+    return etag.removeprefix("W/").strip('"')
+
+
+class _Range:
+    """Bytes of an object on their way to their place in a file."""
+
+    def __init__(self, version: _Version, fd: int, start: int, stop: int) -> None:
+        self.version, self._fd = version, fd
+        self.start = self.position = start
+        self.stop, self.crc = stop, 0
+
+    def operation(self) -> Operation:
+        return self.version.operation(self.position, self.stop)
+
+    def consume(self, response: Response) -> None:
+        self.version.check(response, self.position, self.stop)
+        with borrow_buffer() as buffer:
+            self.write(response, buffer)
+
+    def write(self, response: Response, buffer: memoryview | None) -> None:
+        """Take what is missing up to stop from an answer that begins at position."""
+        while self.position < self.stop:
+            piece = response.receive(self.stop - self.position, buffer)
+            self.crc = zlib.crc32(piece, self.crc)
+            while piece:
+                written = os.pwrite(self._fd, piece, self.position)
+                self.position += written
+                piece = piece[written:]
+
+
+class _Whole(_Range):
+    """The range that begins at 0 and ends where the other threads have begun."""
+
+    def __init__(self, service: Service, version: _Version, fd: int, crew: Crew) -> None:
+        super().__init__(version, fd, 0, 0)
+        self._service, self._crew = service, crew
+        self._first = self._end = 0  # of the parts that nobody has taken
+        self._parts: list[_Range] = []
+        self._lock = threading.Lock()
+        self._work: Work | None = None
+
+    def fetch(self) -> None:
+        """Fetch and verify the object."""
+        try:
+            self._service.perform(self, cancelled=self._crew.cancelled)
+            if self._work:
+                self._crew.finish(self._work)
+        finally:
+            if self._work:
+                self._crew.abandon(self._work)
+        self._verify()
+
+    def operation(self) -> Operation:
+        return self.version.operation(self.position, self.version.size or 0)
+
+    def consume(self, response: Response) -> None:
+        is_first = self.version.size is None
+        size = self.version.check(response, self.position, self.version.size or 0)
+        if is_first and size <= 2 * PART_BYTES:
+            self.stop = size
+        elif is_first:
+            self._end = -(-size // PART_BYTES)
+            self._work = self._crew.offer(self._fetch_last, most=MOST_HELPERS)
+        if size - self.position <= 2 * HEAD_LIMIT_BYTES:
+            self.write(response, None)
+            return
+        with borrow_buffer() as buffer:
+            self.write(response, buffer)
+            while self._take_first(size):
+                self.write(response, buffer)
+
+    def _take_first(self, size: int) -> bool:
+        with self._lock:
+            if self._first == self._end:
+                return False
+            self._first += 1
+            self.stop = min(self._first * PART_BYTES, size)
+            return True
+
+    def _fetch_last(self) -> bool:
+        with self._lock:
+            if self._first == self._end:
+                return False
+            self._end -= 1
+            start = self._end * PART_BYTES
+            size = self.version.size or 0
+            part = _Range(self.version, self._fd, start, min(start + PART_BYTES, size))
+            self._parts.append(part)
+        self._service.perform(part, cancelled=self._crew.cancelled)
+        return True
+
+    def _verify(self) -> None:
+        checksum = Checksum(self.version.headers)
+        parts = sorted(self._parts, key=lambda part: part.start)
+        if checksum.algorithm == "crc32":
+            pieces = [self, *parts] if parts else [self]
+            found = encode_crc32(combine_crc32((p.crc, p.stop - p.start) for p in pieces))
+        elif checksum.algorithm:
+            with open(self._fd, "rb", closefd=False) as file:
+                digest = hashlib.file_digest(file, checksum.algorithm).digest()
+            found = b2a_base64(digest, newline=False).decode()
+        else:
+            return
+        if found != checksum.expected:
+            raise _damaged(self.version, checksum)
+
+
+def _damaged(version: _Version, checksum: Checksum) -> IntegrityError:
+    return IntegrityError(
+        f"s3://{version.bucket}/{version.key} does not have the {checksum.algorithm} that was "
+        "announced"
+    )
+
+
+def download(service: Service, bucket: str, key: str, path: str, crew: Crew) -> None:
+    """Make path hold the object; on failure path is as it was."""
+    try:
+        _download_once(service, bucket, key, path, crew)
+    except (ObjectChanged, IntegrityError):
+        _download_once(service, bucket, key, path, crew)
+
+
+def _download_once(service: Service, bucket: str, key: str, path: str, crew: Crew) -> None:
+    directory = os.path.dirname(path)
+    temporary = os.path.join(directory, f".{os.urandom(12).hex()}.part")
+    version = _Version(bucket, key)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(temporary, flags, 0o666)
+    try:
+        _Whole(service, version, fd, crew).fetch()
+        os.replace(temporary, path)
+    except BaseException as error:
+        os.unlink(temporary)
+        if isinstance(error, ServiceError) and version.size is not None:
+            if error.status in (412, 416):
+                raise version.changed() from error
+        raise
+    finally:
+        os.close(fd)
+
+
+class ObjectReader(io.RawIOBase):
+    """An object read in order, resumed where it breaks off.
+
+    The checksum is compared with the last byte: IntegrityError instead of it.
+    """
+
+    def __init__(self, service: Service, bucket: str, key: str) -> None:
+        super().__init__()
+        self._service, self._version = service, _Version(bucket, key)
+        self.position = self._breaks = 0
+        self._response = service.perform(self)
+        self._checksum = Checksum(self._version.headers)
+
+    def operation(self) -> Operation:
+        """Ask for what is still to be read."""
+        return self._version.operation(self.position, self._version.size or 0)
+
+    def consume(self, response: Response) -> Response:
+        """Keep the answer, to read from it later."""
+        self._version.check(response, self.position, self._version.size or 0)
+        return response
+
+    def readable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read at least a byte, 0 at the end."""
+        view = memoryview(buffer).cast("B")
+        if self.position == self._version.size or not view:
+            return 0
+        piece = self._receive(view)
+        if piece.obj is not view.obj:
+            view[: len(piece)] = piece
+        self.position += len(piece)
+        self._checksum.update(piece)
+        if self.position == self._version.size and self._checksum.expected:
+            if self._checksum.value() != self._checksum.expected:
+                raise _damaged(self._version, self._checksum)
+        return len(piece)
+
+    def _receive(self, view: memoryview) -> memoryview:
+        while True:
+            try:
+                return self._response.receive(len(view), view)
+            except TransportError as error:
+                self._breaks += 1
+                if self._breaks > RESUMES:
+                    raise
+                self._service.finish(self._response)
+                self._service.wait(error, self._breaks)
+                self._response = self._service.perform(self)
+
+    def close(self) -> None:
+        """Give the connection back, or up where there is more to read."""
+        if not self.closed:
+            self._service.finish(self._response)
+        super().close()

@@ -1,0 +1,331 @@
+"""One operation of S3: signed, sent, and repeated as the tables of `retries` say."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from shim.s3 import retries
+from shim.s3.endpoints import Endpoint, EndpointConfiguration, resolve
+from shim.s3.errors import Cancelled, ServiceError, TransportError
+from shim.s3.http1 import READ_SECONDS, Request, Response, never
+from shim.s3.retries import Kind
+from shim.s3.sigv4 import EMPTY_PAYLOAD_HASH, UNSIGNED_PAYLOAD, Credentials, encode_key, sign
+from shim.s3.transport import Transport
+from shim.s3.xml import parse
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol, TypeVar
+
+    from shim.s3.credentials import CredentialProvider
+    from shim.s3.http1 import Body
+    from shim.s3.store import Log
+
+    T = TypeVar("T", covariant=True)
+
+    class Exchange(Protocol[T]):
+        """What is asked in one attempt after the other, and what becomes of the answer."""
+
+        position: int  # grows while a body arrives
+
+        def operation(self) -> Operation: ...
+
+        def consume(self, response: Response) -> T: ...
+
+
+ERROR_LIMIT_BYTES = 64 << 10
+SLICE_SECONDS = 0.25
+USER_AGENT = "sagemaker-shim"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operation:
+    """A request of the API, before it has an endpoint and a signature.
+
+    sha256: of a body that is not bytes, in hex, where the connection does not protect it.
+    """
+
+    name: str
+    method: str
+    bucket: str
+    key: str = ""
+    query: tuple[tuple[str, str], ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | Body | None = None
+    sha256: str = ""
+    read_seconds: float = READ_SECONDS
+
+
+class Pace:
+    """How many requests may be under way: all, until the service throttles one of them.
+
+    Then all wait, and half as many go on; each round of successes lets in one more.
+    """
+
+    def __init__(self, *, concurrency: int) -> None:
+        self._most = self._limit = concurrency
+        self._active = self._successes = 0
+        self._resume_at = 0.0
+        self._lock = threading.Lock()
+
+    def try_enter(self) -> bool:
+        """Begin a request, unless it is too early or others must end first."""
+        with self._lock:
+            if self._active >= self._limit or time.monotonic() < self._resume_at:
+                return False
+            self._active += 1
+            return True
+
+    def leave(self, *, is_success: bool) -> None:
+        """End a request."""
+        with self._lock:
+            self._active -= 1
+            if is_success and self._limit < self._most:
+                self._successes += 1
+                if self._successes >= self._limit:
+                    self._limit, self._successes = self._limit + 1, 0
+
+    def slow_down(self, seconds: float) -> None:
+        """Let everything wait, then half as many go on."""
+        with self._lock:
+            now = time.monotonic()
+            if now >= self._resume_at:  # the others of the same moment do not count again
+                self._limit, self._successes = max(1, min(self._limit, self._active + 1) // 2), 0
+            self._resume_at = max(self._resume_at, now + seconds)
+
+
+class Service:
+    """S3 as one caller sees it: endpoints, credentials, clock, connections."""
+
+    def __init__(
+        self,
+        *,
+        configuration: EndpointConfiguration,
+        credentials: CredentialProvider,
+        transport: Transport,
+        attempts: int,
+        concurrency: int,
+        log: Log,
+        cancelled: Callable[[], bool] = never,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.cancelled = cancelled
+        self._configuration, self._credentials = configuration, credentials
+        self._transport, self._attempts, self._log, self._sleep = transport, attempts, log, sleep
+        self._pace = Pace(concurrency=concurrency)
+        self._endpoints: dict[str, tuple[Endpoint, str]] = {}
+        self._skew = timedelta(0)
+
+    def close(self) -> None:
+        """Close kept connections."""
+        self._transport.close()
+
+    def is_plain(self, bucket: str) -> bool:
+        """Tell whether bodies travel unprotected, so that their SHA-256 must be signed."""
+        return self._endpoint(bucket)[0].scheme == "http"
+
+    def perform(
+        self,
+        exchange: Exchange[T],
+        *,
+        cancelled: Callable[[], bool] | None = None,
+        attempts: int = 0,
+    ) -> T:
+        """Make attempts until one succeeds; raise the error of the last one."""
+        cancelled = cancelled or self.cancelled
+        attempts = attempts or self._attempts
+        failures: Counter[Kind] = Counter()
+        retry = resumes = 0
+        while True:
+            reached = exchange.position
+            credentials = self._credentials.get()
+            self._enter(cancelled)
+            is_success = False
+            now = datetime.now(UTC) + self._skew
+            try:
+                result = self._attempt(exchange, credentials, now, cancelled)
+                is_success = True
+                return result
+            except (ServiceError, TransportError) as failure:
+                error = failure
+            finally:
+                self._pace.leave(is_success=is_success)
+            kind = retries.kind_of(error, now=now)
+            failures[kind] += 1
+            if exchange.position > reached and resumes < retries.RESUMES:
+                retry, resumes = 0, resumes + 1
+            limit = retries.POLICIES[kind].limit
+            may_repeat = retry + 1 < attempts if limit is None else failures[kind] <= limit
+            if not (may_repeat and self._mend(kind, error, credentials, now)):
+                error.retries = retry
+                raise error
+            retry += limit is None
+            self._log("DEBUG", f"Attempt failed: {error}")
+            self._wait(kind, error, retry, cancelled)
+
+    def wait(self, error: TransportError, retry: int) -> None:
+        """Wait before retry number 1, 2, ... of something that failed outside perform()."""
+        self._wait(Kind.TRANSPORT, error, retry, self.cancelled)
+
+    def _attempt(
+        self,
+        exchange: Exchange[T],
+        credentials: Credentials,
+        now: datetime,
+        cancelled: Callable[[], bool],
+    ) -> T:
+        operation = exchange.operation()
+        request = self._sign(operation, credentials, now)
+        request.cancelled = cancelled
+        response = self._transport.open(request)
+        result: object = None
+        try:
+            if response.status >= 300:
+                raise _service_error(operation, response)
+            result = kept = exchange.consume(response)
+            return kept
+        finally:
+            if result is not response:  # an exchange that returns its answer reads on
+                self.finish(response)
+
+    def finish(self, response: Response) -> None:
+        """Give back the connection of an answer."""
+        self._transport.finish(response)
+
+    def _sign(self, operation: Operation, credentials: Credentials, now: datetime) -> Request:
+        endpoint, hostname = self._endpoint(operation.bucket)
+        body = operation.body
+        if body is None:
+            payload_hash = EMPTY_PAYLOAD_HASH
+        elif isinstance(body, bytes) and (endpoint.scheme == "http" or operation.method == "POST"):
+            payload_hash = hashlib.sha256(body).hexdigest()
+        else:
+            payload_hash = operation.sha256 or UNSIGNED_PAYLOAD
+        path = endpoint.base_path
+        if operation.key or not path:
+            path = f"{path}/{encode_key(operation.key)}"
+        signed = sign(
+            method=operation.method,
+            host=endpoint.host,
+            path=path,
+            query=operation.query,
+            headers=operation.headers,
+            payload_hash=payload_hash,
+            credentials=credentials,
+            region=endpoint.region,
+            service=endpoint.service,
+            timestamp=now,
+        )
+        return Request(
+            method=operation.method,
+            scheme=endpoint.scheme,
+            host=hostname,
+            port=endpoint.port,
+            target=signed.target,
+            headers={**signed.headers, "user-agent": USER_AGENT, "accept-encoding": "identity"},
+            body=body,
+            read_seconds=operation.read_seconds,
+        )
+
+    def _endpoint(self, bucket: str) -> tuple[Endpoint, str]:
+        if bucket not in self._endpoints:
+            endpoint = resolve(self._configuration, bucket)
+            self._endpoints[bucket] = endpoint, endpoint.hostname
+        return self._endpoints[bucket]
+
+    def _enter(self, cancelled: Callable[[], bool]) -> None:
+        while not self._pace.try_enter():
+            self._pause(0.02, cancelled)
+        if cancelled():
+            self._pace.leave(is_success=False)
+            raise Cancelled("The transfer was stopped")
+
+    def _mend(
+        self,
+        kind: Kind,
+        error: ServiceError | TransportError,
+        credentials: Credentials,
+        now: datetime,
+    ) -> bool:
+        """Do what another attempt needs; false when it would end like this one."""
+        if not isinstance(error, ServiceError):
+            return kind is not Kind.FINAL
+        if kind is Kind.CLOCK:
+            self._skew += retries.skew_of(error.headers, now=now)
+            self._log("WARNING", f"The clock is off, as the server's differs by {self._skew}")
+        elif kind is Kind.CREDENTIALS:
+            return self._credentials.refresh(credentials) != credentials
+        elif kind is Kind.REGION:
+            return self._learn_region(error)
+        return kind is not Kind.FINAL
+
+    def _learn_region(self, error: ServiceError) -> bool:
+        """Resolve the bucket anew in the region that an answer names; never by its Location."""
+        bucket = error.bucket
+        region = error.headers.get("x-amz-bucket-region") or error.region
+        if bucket.startswith("arn:") or not region:
+            return False
+        if region == self._endpoint(bucket)[0].region:
+            return False
+        endpoint = resolve(self._configuration, bucket, region)
+        self._endpoints[bucket] = endpoint, endpoint.hostname
+        self._log("INFO", f"The bucket {bucket} is in {region}")
+        return True
+
+    def _wait(
+        self,
+        kind: Kind,
+        error: ServiceError | TransportError,
+        retry: int,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        headers = error.headers if isinstance(error, ServiceError) else {}
+        jitter = int.from_bytes(os.urandom(4), "big") / 2**32
+        seconds = retries.delay_seconds(kind, retry=retry, headers=headers, random=jitter)
+        if kind is Kind.THROTTLED:
+            self._pace.slow_down(seconds)
+        self._pause(seconds, cancelled)
+
+    def _pause(self, seconds: float, cancelled: Callable[[], bool]) -> None:
+        while seconds > 0:
+            if cancelled():
+                raise Cancelled("The transfer was stopped")
+            self._sleep(min(seconds, SLICE_SECONDS))
+            seconds -= SLICE_SECONDS
+
+
+def _service_error(operation: Operation, response: Response) -> ServiceError:
+    try:
+        body = response.read(ERROR_LIMIT_BYTES)
+    except TransportError:
+        body = b""
+    return error_of(operation, response, body)
+
+
+def error_of(operation: Operation, response: Response, body: bytes) -> ServiceError:
+    """Read an error document; without one the status has to tell what happened."""
+    try:
+        root = parse(body)
+    except TransportError:
+        root = None
+    told = root.find if root and root.name == "Error" else lambda _: ""
+    status = response.status if response.status >= 300 else 500
+    return ServiceError(
+        operation=operation.name,
+        bucket=operation.bucket,
+        key=operation.key,
+        status=status,
+        code=told("Code") or str(status),
+        message=told("Message") or response.reason,
+        headers=response.headers,
+        region=told("Region"),
+        request_id=told("RequestId"),
+        host_id=told("HostId"),
+    )
