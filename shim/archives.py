@@ -10,6 +10,7 @@ from __future__ import annotations
 import bz2
 import errno
 import gzip
+import io
 import lzma
 import os
 import posixpath
@@ -26,7 +27,7 @@ from shim.workspace import closing_descriptor, make_directories
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from typing import BinaryIO, Protocol
+    from typing import Any, BinaryIO, Protocol
 
     class Readable(Protocol):
         def read(self, size: int, /) -> bytes: ...
@@ -102,10 +103,11 @@ def extract_tar(stream: Readable, dest: Path, *, uid: int | None, gid: int | Non
     owner = (-1 if uid is None else uid, -1 if gid is None else gid)
     try:
         with closing_descriptor(os.open(dest, os.O_RDONLY | os.O_DIRECTORY)) as root:
-            content = source.decompressed()
+            packed = io.BufferedReader(source, BLOCK_BYTES)
+            content = _open_decompressed(packed)
             _extract_members(_Blocks(content), root, owner)
-            # What checks the length and the checksum comes last.
-            for rest in (content, source):
+            # What proves the length and the checksum comes last.
+            for rest in (content, packed):
                 while rest.read(BLOCK_BYTES):
                     pass
     except Exception as error:  # tarfile meets hostile bytes with any exception there is
@@ -115,7 +117,7 @@ def extract_tar(stream: Readable, dest: Path, *, uid: int | None, gid: int | Non
 
 
 def _plan(members: Iterable[zipfile.ZipInfo]) -> Iterator[tuple[zipfile.ZipInfo, list[str]]]:
-    """Yield each file to unpack with the names that lead to it; all are checked before the first."""
+    """Yield each file to unpack, with the names that lead to it, once all have been checked."""
     files: list[tuple[zipfile.ZipInfo, list[str]]] = []
     for member in members:
         names = member.filename.split("/")
@@ -154,46 +156,46 @@ def _unlink(directory: int, name: str) -> None:
         os.unlink(name, dir_fd=directory)
 
 
-class _Source:
-    """A stream whose own exception can be told from what its content causes."""
+class _Source(io.RawIOBase):
+    """A stream whose own exception can be told from one that its content causes."""
 
     def __init__(self, stream: Readable) -> None:
         self._stream = stream
-        self._peeked = b""
         self.error: Exception | None = None
 
-    def read(self, size: int = -1, /) -> bytes:
-        if self._peeked:
-            data, self._peeked = self._peeked, b""
-            return data
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill the buffer with one read of the stream."""
+        view = memoryview(buffer)
         try:
-            return self._stream.read(size)
+            data = self._stream.read(len(view))
         except Exception as error:
             self.error = error
             raise
+        view[: len(data)] = data
+        return len(data)
 
-    def decompressed(self) -> Readable:
-        """Return the content as a stream, unpacked if its first bytes say that it is packed."""
-        magic = b""
-        while len(magic) < 6 and (data := self.read(BLOCK_BYTES)):
-            magic += data
-        self._peeked = magic
-        if magic.startswith(b"\x1f\x8b"):
-            return gzip.GzipFile(fileobj=self)
-        if magic.startswith(b"BZh"):
-            return bz2.BZ2File(self)
-        if magic.startswith(b"\xfd7zXZ\0"):
-            return lzma.LZMAFile(self)
-        return self
+
+def _open_decompressed(packed: io.BufferedReader[_Source]) -> Readable:
+    """Return the content of a stream, unpacked if its first bytes say that it is packed."""
+    magic = packed.peek()
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=packed)
+    if magic.startswith(b"BZh"):
+        return bz2.BZ2File(packed)
+    if magic.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMAFile(packed)
+    return packed
 
 
 class _Blocks:
-    """A tar stream, forward only: `read` and `seek` for tarfile, `copy` for the data."""
+    """A tar stream, forward only: `read` and `seek` for tarfile's headers, `copy` for the data."""
 
     def __init__(self, stream: Readable) -> None:
         self._stream = stream
         self._position = 0
-        self._rest = memoryview(b"")
         self.header_allowance = MAX_TAR_HEADER_BYTES
         self.last_read = b""
 
@@ -205,37 +207,30 @@ class _Blocks:
         self.copy(position - self._position, None)
 
     def read(self, size: int) -> bytes:
-        """Read a part of a header: less at the end, and not more than is allowed for one member."""
+        """Return a part of a header, less at the end of the stream."""
         self.header_allowance -= size
         if size < 0 or self.header_allowance < 0:
             raise tarfile.ReadError("the header of a member is too long")
-        data = b""
-        while len(data) < size and (block := self._take(size - len(data))):
-            data += block
-        self.last_read = data
-        return data
+        self.last_read = self._stream.read(size)
+        self._position += len(self.last_read)
+        return self.last_read
 
     def copy(self, size: int, file: BinaryIO | None) -> None:
-        """Write the next bytes to a file."""
+        """Write the next bytes to a file, or drop them."""
         if size < 0:
             raise tarfile.ReadError("the archive points backwards")
+        self._position += size
         while size:
-            block = self._take(size)
+            block = self._stream.read(min(size, BLOCK_BYTES))
             if not block:
                 raise tarfile.ReadError("unexpected end of data")
             size -= len(block)
             if file is not None:
                 file.write(block)
 
-    def _take(self, size: int) -> memoryview:
-        data = self._rest or memoryview(self._stream.read(BLOCK_BYTES))
-        data, self._rest = data[:size], data[size:]
-        self._position += len(data)
-        return data
-
 
 def _extract_members(blocks: _Blocks, root: int, owner: tuple[int, int]) -> None:
-    archive = tarfile.TarFile(fileobj=blocks, encoding="utf-8", errors="surrogateescape")
+    archive = tarfile.TarFile(fileobj=blocks, encoding="utf-8")  # type: ignore[arg-type]
     while True:
         blocks.header_allowance = MAX_TAR_HEADER_BYTES
         member = archive.next()
@@ -243,8 +238,8 @@ def _extract_members(blocks: _Blocks, root: int, owner: tuple[int, int]) -> None
             break
         _extract_member(member, blocks, root, owner)
         # tarfile would remember every member and every global header.
-        archive.members.clear()
-        archive.pax_headers.clear()
+        archive.members.clear()  # type: ignore[attr-defined]
+        archive.pax_headers = {}
     # tarfile takes a damaged header for the end; the end is a block of zeros, or nothing more.
     if blocks.last_read.strip(b"\0"):
         raise tarfile.ReadError("damaged header")
@@ -309,7 +304,7 @@ def _mode(member: tarfile.TarInfo) -> int:
 
 
 def _write_content(member: tarfile.TarInfo, blocks: _Blocks, file: BinaryIO) -> None:
-    parts = [(0, member.size)] if member.sparse is None else member.sparse
+    parts: Any = [(0, member.size)] if member.sparse is None else member.sparse
     blocks.seek(member.offset_data)
     for offset, size in parts:
         file.seek(offset)
