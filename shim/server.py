@@ -43,6 +43,8 @@ EXECUTION_PARAMETERS = (
 CHUNK_LINE_LIMIT_BYTES = 256
 RETRY_AFTER_SECONDS = 5
 STACK_BYTES = 512 * 1024
+# A /ping takes about ten turns at the interpreter, each 5 ms by default if one computes.
+SWITCH_SECONDS = 0.001
 
 # RFC 9112, 2 to 5, without what receivers may refuse: bare CR, line folding, HTTP/0.9.
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -429,6 +431,15 @@ class Server(ThreadingMixIn, TCPServer):
         # The connections on which it is the client's turn, the longest wait first.
         self._awaited: dict[socket.socket, None] = {}
         super().__init__(address, _Handler)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Answer until shutdown() is called from another thread."""
+        usual_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        try:
+            super().serve_forever(poll_interval)
+        finally:
+            sys.setswitchinterval(usual_seconds)
 
     def shutdown(self) -> None:
         """Stop accepting, at once; connections that are open go on."""

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from shim.errors import InvalidTasks, NotUtf8, Problem
 from shim.logs import Log
 from shim.server import Busy, Limits, Server, Unhealthy, build_server
+from shim.tasks import parse_task
 from tests.support import poll
 
 Serve = Callable[..., "Service"]
@@ -38,6 +40,7 @@ class Application:
         self.outcome: bytes | Exception = RESULT
         self.gate = threading.Event()
         self.gate.set()
+        self.work: Callable[[threading.Event], object] = threading.Event.wait
         self.bodies: list[bytes] = []
         self.finished = 0
         self.answers = 0
@@ -47,7 +50,7 @@ class Application:
 
     def invoke(self, body: bytes) -> bytes:
         self.bodies.append(body)
-        assert self.gate.wait(30)
+        self.work(self.gate)
         self.finished += 1
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -559,8 +562,17 @@ def test_time_limit_is_a_total_for_a_client_that_trickles(serve: Serve) -> None:
     assert statuses(received) == [408]
 
 
-def test_pings_are_prompt_while_an_invocation_runs(service: Service) -> None:
+def compute(gate: threading.Event) -> None:
+    while not gate.is_set():
+        pass
+
+
+@pytest.mark.parametrize("work", [threading.Event.wait, compute], ids=["waits", "computes"])
+def test_pings_are_prompt_while_an_invocation(
+    service: Service, work: Callable[[threading.Event], object]
+) -> None:
     service.application.gate.clear()
+    service.application.work = work
 
     def ping(_: int) -> float:
         began = time.monotonic()
@@ -570,11 +582,26 @@ def test_pings_are_prompt_while_an_invocation_runs(service: Service) -> None:
     with service.connect() as invoking, ThreadPoolExecutor(200) as pool:
         invoking.sendall(post())
         poll(lambda: service.application.bodies)
-        took = sorted(pool.map(ping, range(200)))
-        print(f"200 pings: median {took[100] * 1000:.1f} ms, p100 {took[-1] * 1000:.1f} ms")
-        assert took[-1] < 1
+        alone = sorted(map(ping, range(20)))
+        together = sorted(pool.map(ping, range(200)))
         service.application.gate.set()
         assert receive(invoking).status == 200
+    for name, took in (("one by one", alone), ("200 at once", together)):
+        print(f"{name}: median {took[len(took) // 2] * 1000:.1f} ms, p100 {took[-1] * 1000:.1f} ms")
+    assert max(alone + together) < 1
+
+
+def test_threads_take_short_turns_only_while_serving(serve: Serve) -> None:
+    usual = sys.getswitchinterval()
+    service = serve()
+    poll(lambda: sys.getswitchinterval() < usual)
+    service.server.shutdown()
+    assert sys.getswitchinterval() == usual
+
+
+def test_deeply_nested_body_does_not_exhaust_the_small_stack(service: Service) -> None:
+    service.application.work = lambda _: parse_task(b"[" * 100_000)
+    assert service.ask(post()).status == 422
 
 
 def test_silent_clients_give_their_places_to_new_ones(serve: Serve) -> None:
@@ -688,7 +715,7 @@ def test_shutdown_is_prompt_and_drain_waits_for_the_answer(serve: Serve) -> None
         assert receive(invoking).status == 200
 
 
-def test_unread_connections_are_forgotten(service: Service) -> None:
+def test_closed_connections_are_forgotten(service: Service) -> None:
     for _ in range(3):
         service.ask(PING)
         service.connect().close()
