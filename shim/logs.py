@@ -29,7 +29,10 @@ MAX_LINE_BYTES = 16_383
 
 # A pk names a directory, so an honest one has at most 255 bytes. A longer one is cut in log lines
 # only: escaped, it must leave room for text.
-MAX_TASK_CHARACTERS = 1024
+MAX_TASK_CHARACTERS = 255
+
+# Lines encoded and written at once: enough to be fast, few enough to need little memory.
+_BATCH_LINES = 2048
 
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 
@@ -80,15 +83,17 @@ class Log:
         self.error("\n".join([message, *traceback.format_exception(error)]))
 
     def lines(self, lines: Sequence[str], *, level: str, internal: bool, task: str | None) -> None:
-        """Write lines, which hold no line breaks and no NUL, in as few system calls as possible."""
+        """Write lines, which hold no line breaks and no NUL."""
         if internal and LEVELS[level] < self._threshold:
             return
         source: Source = "stdout" if LEVELS[level] <= LEVELS["INFO"] else "stderr"
-        if self.is_text:
-            data = self._text(lines, level=level, source=source, internal=internal)
-        else:
-            data = _encode(lines, level=level, source=source, internal=internal, task=task)
-        self.write(source, data)
+        for start in range(0, len(lines), _BATCH_LINES):
+            batch = lines[start : start + _BATCH_LINES]
+            if self.is_text:
+                data = self._text(batch, level=level, source=source, internal=internal)
+            else:
+                data = _encode(batch, level=level, source=source, internal=internal, task=task)
+            self.write(source, data)
 
     def write(self, source: Source, data: bytes) -> None:
         """Write whole, encoded lines to one of the streams."""
@@ -134,10 +139,8 @@ def _encode(
     suffix = _suffix(level, source, internal, task)
     room = MAX_LINE_BYTES - len(_PREFIX) - len(suffix)
     escaped = list(map(escape, lines))
-    if max(map(len, escaped), default=0) > room:
+    if max(map(len, escaped)) > room:
         escaped = [piece for line in lines for piece in _pieces(line, room=room)]
-    if not escaped:
-        return b""
     return f"{_PREFIX}{(suffix + _PREFIX).join(escaped)}{suffix}".encode("ascii")
 
 
