@@ -1,0 +1,7 @@
+"""`python -m shim`: the command line from a checkout, or frozen."""
+
+import sys
+
+from shim.cli import main
+
+sys.exit(main())

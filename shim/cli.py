@@ -1,0 +1,371 @@
+"""The command line: arguments and environment in, exit code out.
+
+The only module that reads os.environ and sys.argv, installs signal handlers and decides what the
+process exits with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+from shim import __version__
+from shim.durations import format_duration
+from shim.errors import InvalidSettings, InvalidTasks, TaskStopped, UsageError
+from shim.logs import Log
+from shim.modes import ExecMode, InvokeMode
+from shim.process import run_helper
+from shim.runner import PlatformFailure, Runner
+from shim.runtime import Runtime, leave_setup_result
+from shim.s3.client import connect
+from shim.s3.errors import S3ClientError
+from shim.s3.uri import parse_s3_uri
+from shim.settings import RESULT_VARIABLES, Settings
+from shim.stopping import Stop
+from shim.tasks import (
+    InferenceTask,
+    RuntimeSetupResult,
+    parse_task_files,
+    parse_tasks,
+    result_key,
+)
+from shim.workspace import Workspace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn, Protocol
+
+    from shim.logs import Style
+    from shim.s3.store import Store
+
+    class HasFileno(Protocol):
+        def fileno(self) -> int: ...
+
+
+PROGRAM = "sagemaker-shim"
+SERVE_HOST = "0.0.0.0"
+SERVE_PORT = 8080
+# SageMaker shows the first characters of this file as the reason of a failed job.
+FAILURE_FILE = Path("/opt/ml/output/failure")
+FAILURE_CHARACTERS = 1024
+# A list of 100,000 inputs has about 20 MB; Python needs some ten times that to hold it.
+TASKS_LIMIT_BYTES = 256 * 1024 * 1024
+# Endpoints are killed 30 s after SIGTERM; a task in hand needs part of that to leave its result.
+LEAVE_SECONDS = 20.0
+ANSWER_SECONDS = 2.0
+SETTINGS_MESSAGE = "The settings of the platform are not valid"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+def build_parser() -> Parser:
+    """Return the parser of the whole command line."""
+    parser = Parser(
+        prog=PROGRAM, description="Run a Grand Challenge algorithm on Amazon SageMaker, unchanged."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="answer SageMaker on port 8080")
+    serve.set_defaults(run=run_serve)
+    serve.add_argument(
+        "--port", type=int, default=SERVE_PORT, help=f"listen here (default: {SERVE_PORT})"
+    )
+
+    invoke = commands.add_parser("invoke", help="run a list of tasks as a batch")
+    invoke.set_defaults(run=run_invoke)
+    invoke.add_argument("-t", "--tasks", metavar="JSON", help="the list of tasks itself")
+    invoke.add_argument(
+        "-f",
+        "--file",
+        metavar="URI",
+        help="where the list is: s3://BUCKET/KEY, s3://BUCKET/PREFIX/ (every *.json below it), "
+        "a local path, or - for standard input",
+    )
+
+    run = commands.add_parser("run", help="run one task on local directories, without AWS")
+    run.set_defaults(run=run_locally)
+    run.add_argument("--input", type=Path, required=True, metavar="DIR", help="the task's inputs")
+    run.add_argument("--output", type=Path, required=True, metavar="DIR", help="for its outputs")
+    run.add_argument("--timeout", metavar="T", help="time limit: seconds, PT1H30M or 01:30:00")
+    run.add_argument(
+        "--log-format",
+        choices=("json", "text"),
+        help="json lines as on the platform, or text (default: text on a terminal)",
+    )
+    run.add_argument(
+        "cmd", nargs="*", metavar="CMD", help="the command, after --; default: the image's"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    stop = Stop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, _frame: stop.request(number))
+    try:
+        arguments = build_parser().parse_args(argv)
+        code: int = arguments.run(arguments, dict(os.environ), stop)
+        return code
+    except Exception as error:
+        write_failure(str(error) or type(error).__name__)
+        return exit_code(error, stop)
+
+
+def exit_code(error: Exception, stop: Stop) -> int:
+    """Say what happened on stderr and return the exit code that stands for it."""
+    if isinstance(error, UsageError | InvalidSettings):
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    if isinstance(error, TaskStopped):
+        return 128 + (stop.signum or 0)
+    if isinstance(error, S3ClientError):
+        Log().error(str(error))
+    elif not isinstance(error, PlatformFailure):  # which has been logged where it happened
+        Log().exception("Stopping due to an unexpected error", error)
+    return 1
+
+
+def write_failure(reason: str) -> None:
+    """Leave the reason of a failed job where SageMaker looks for it, if that place exists."""
+    with suppress(OSError):
+        # The user's command may have put something else under this name.
+        FAILURE_FILE.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(FAILURE_FILE, flags, 0o644), "w", encoding="utf-8") as file:
+            file.write(reason[:FAILURE_CHARACTERS])
+
+
+class Job:
+    """The parts of one process, put together once the environment is known to be valid."""
+
+    def __init__(
+        self,
+        *,
+        environ: Mapping[str, str],
+        stop: Stop,
+        title: str,
+        settings: Settings | None = None,
+        store: Store | None = None,
+        style: Style = "json",
+    ) -> None:
+        self.settings = settings or read_settings(environ)
+        self.log = Log(level=self.settings.log_level, style=style)
+        threading.excepthook = lambda args: self.log.exception(
+            "A thread failed", args.exc_value or args.exc_type()
+        )
+        for warning in self.settings.warnings:
+            self.log.warning(warning)
+        limit = self.settings.max_memory_mb
+        self.log.info(
+            f"Setting memory limit to {limit} MB" if limit else "Not setting a memory limit"
+        )
+        self.log.info(title)
+        self.store = store or connect_store(self.settings, environ, self.log)
+        method = InvokeMode if self.settings.api_method == "invoke" else ExecMode
+        mode = method(
+            settings=self.settings, environ=environ, log=self.log, stop=stop, clock=time.monotonic
+        )
+        self.runner = Runner(
+            settings=self.settings,
+            store=self.store,
+            mode=mode,
+            workspace=Workspace(
+                input_path=self.settings.input_path,
+                output_path=self.settings.output_path,
+                linked_input_parent=(
+                    self.settings.linked_input_parent if self.settings.use_linked_input else None
+                ),
+                log=self.log,
+            ),
+            log=self.log,
+            stop=stop,
+        )
+        self._runtime = Runtime(
+            settings=self.settings, store=self.store, mode=mode, log=self.log, stop=stop
+        )
+
+    @contextmanager
+    def ready(self) -> Iterator[bool]:
+        """Make ready for tasks, say whether that succeeded, and clean up at the end."""
+        try:
+            yield self._runtime.setup()
+        finally:
+            self._runtime.teardown()
+            self.store.close()
+
+
+def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
+    """Run a list of tasks up to the first that fails."""
+    if arguments.tasks and arguments.file:
+        raise UsageError("Only one of tasks or file should be set")
+    if not arguments.tasks and not arguments.file:
+        raise UsageError("One of tasks or file should be set")
+    job = Job(environ=environ, stop=stop, title="Invoking the model")
+    tasks = read_tasks(arguments.tasks, arguments.file, job.store)
+    with job.ready() as is_ready:
+        if is_ready and job.runner.run_tasks(tasks):
+            job.log.info("Model invocation complete")
+    return 0
+
+
+def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
+    """Answer SageMaker until a signal comes or the container is unhealthy."""
+    from shim.server import build_server
+    from shim.service import Service
+
+    job = Job(environ=environ, stop=stop, title="Starting the model server")
+    service = Service(runner=job.runner, log=job.log)
+    server = build_server(address=(SERVE_HOST, arguments.port), application=service, log=job.log)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with job.ready() as is_ready:
+            if is_ready:
+                service.open()
+                wait_readable(stop, service)
+                service.close(timeout_seconds=LEAVE_SECONDS)
+    except TaskStopped:
+        job.log.info("Stopped while setting up")
+    finally:
+        server.drain(ANSWER_SECONDS)
+        server.shutdown()
+    job.log.info("Model server stopped")
+    return 0
+
+
+def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
+    """Run one task on local directories as the platform would; 0 when it succeeded."""
+    from shim.rehearsal import plan_rehearsal
+    from shim.s3.directory import DirectoryStore
+
+    with _scratch() as scratch:
+        plan = plan_rehearsal(
+            read_settings(environ),
+            input_directory=arguments.input,
+            output_directory=arguments.output,
+            timeout=arguments.timeout,
+            cmd=tuple(arguments.cmd),
+            scratch=scratch,
+        )
+        job = Job(
+            environ={**environ, **plan.variables},
+            stop=stop,
+            title=f"Running a task from {arguments.input} to {arguments.output}",
+            settings=plan.settings,
+            store=DirectoryStore(plan.metadata_directory, buckets=plan.buckets),
+            style=arguments.log_format or ("text" if sys.stdout.isatty() else "json"),
+        )
+        with job.ready() as is_ready:
+            result = job.runner.run_task(plan.task) if is_ready else None
+    if result is None:
+        return 1
+    took = "" if result.exec_duration is None else f" after {format_duration(result.exec_duration)}"
+    job.log.info(
+        f"Return code {result.return_code}{took}, {len(result.outputs)} outputs in "
+        f"{arguments.output}, result in {arguments.output}/{result_key('/')[1:]}"
+    )
+    return min(result.return_code, 1) if result.return_code >= 0 else 1
+
+
+@contextmanager
+def _scratch() -> Iterator[Path | None]:
+    """Give a place for /input and /output to those who cannot make them."""
+    if os.geteuid() == 0:
+        yield None
+        return
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="sagemaker-shim-") as directory:
+        yield Path(directory)
+
+
+def read_tasks(text: str | None, file: str | None, store: Store) -> tuple[InferenceTask, ...]:
+    """Read the task list from where the command line says it is.
+
+    Raises UsageError when it cannot be read, InvalidTasks when it is not valid.
+    """
+    try:
+        if text:
+            tasks = parse_tasks(text.encode(errors="surrogateescape"))
+        elif file and file.startswith(("s3://", "https://")) and file.endswith("/"):
+            location = parse_s3_uri(file)
+            tasks = parse_task_files(
+                {
+                    summary.key: store.get(
+                        location.bucket, summary.key, max_bytes=TASKS_LIMIT_BYTES
+                    )
+                    for summary in store.list(location.bucket, location.key)
+                    if summary.key.endswith(".json")
+                }
+            )
+        else:
+            tasks = parse_tasks(_read_file(file or "", store))
+    except InvalidTasks as error:
+        raise UsageError(f"The tasks definition is invalid:\n\n{error}") from error
+    if not tasks:
+        raise UsageError("Empty task list provided")
+    return tasks
+
+
+def _read_file(file: str, store: Store) -> bytes:
+    try:
+        if file.startswith(("s3://", "https://")):
+            location = parse_s3_uri(file)
+            return store.get(location.bucket, location.key, max_bytes=TASKS_LIMIT_BYTES)
+        with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
+            body = stream.read(TASKS_LIMIT_BYTES + 1)
+    except (ValueError, OSError, S3ClientError) as error:
+        raise UsageError(f"The value provided for file is invalid:\n\n{error}") from error
+    if len(body) > TASKS_LIMIT_BYTES:
+        raise UsageError(f"The task list has more than {TASKS_LIMIT_BYTES} bytes")
+    return body
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Read the environment; what is wrong with it is also left as the result of the set-up."""
+    try:
+        return Settings.from_environ(environ)
+    except InvalidSettings:
+        needed = {name: environ[name] for name in RESULT_VARIABLES if name in environ}
+        with suppress(InvalidSettings, S3ClientError):
+            settings = Settings.from_environ(needed)
+            log = Log(level=settings.log_level)
+            result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
+            leave_setup_result(settings, connect_store(settings, environ, log), result, log)
+        raise
+
+
+def connect_store(settings: Settings, environ: Mapping[str, str], log: Log) -> Store:
+    """Return the object storage that the environment names."""
+    return connect(
+        environ,
+        concurrency=settings.async_concurrency,
+        max_connections=settings.boto_max_pool_connections,
+        log=lambda level, message: log.lines([message], level=level, internal=True, task=None),
+        run_helper=lambda argv, timeout_seconds: run_helper(
+            argv, env=environ, timeout=timedelta(seconds=timeout_seconds)
+        ),
+    )
+
+
+def wait_readable(*sources: HasFileno) -> None:
+    """Block until one of the descriptors can be read."""
+    poller = select.poll()
+    for source in sources:
+        poller.register(source.fileno(), select.POLLIN)
+    poller.poll()

@@ -1,0 +1,113 @@
+"""Make ready for the first task, and clean up after the last.
+
+writable directories -> model -> ground truth -> mode.setup -> runtime_setup_result.json
+... tasks ...
+mode.teardown -> post-clean directories
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shim.errors import TaskStopped, UserSafeError
+from shim.logs import Log
+from shim.modes import Mode
+from shim.runner import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
+from shim.settings import Settings
+from shim.stopping import Stop
+from shim.tasks import RuntimeSetupResult, runtime_setup_key
+from shim.users import resolve_user
+from shim.workspace import clean_directory, ensure_writable_directories
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.s3.store import Store
+    from shim.s3.uri import S3Location
+
+
+class Runtime:
+    """What surrounds the tasks of one process."""
+
+    def __init__(
+        self, *, settings: Settings, store: Store, mode: Mode, log: Log, stop: Stop
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._mode = mode
+        self._log = log
+        self._stop = stop
+
+    def setup(self) -> bool:
+        """Make ready and leave the runtime set-up result; return whether tasks may run.
+
+        False means a failure that has been handled: its result and its line tell the author. What
+        else goes wrong is raised when a result with a general sentence has been left.
+        """
+        self._log.info("Setting up the runtime")
+        try:
+            self._setup()
+        except UserSafeError as error:
+            self._log.error(str(error), internal=False)
+            self._leave(RuntimeSetupResult(return_code=1, user_safe_error_message=str(error)))
+            return False
+        except Exception as error:
+            stopped = isinstance(error, TaskStopped)
+            message = STOPPED_MESSAGE if stopped else UNEXPECTED_MESSAGE
+            self._leave(RuntimeSetupResult(return_code=1, user_safe_error_message=message))
+            raise
+        self._leave(RuntimeSetupResult(return_code=0))
+        return True
+
+    def teardown(self) -> None:
+        """End the mode and empty the post-clean directories; never raises."""
+        self._log.info("Cleaning up the runtime")
+        self._mode.teardown()
+        for directory in self._settings.post_clean_directories:
+            self._log.info(f"Cleaning {directory}")
+            clean_directory(directory, self._log)
+
+    def _setup(self) -> None:
+        settings = self._settings
+        ensure_writable_directories(settings.writable_directories, self._log)
+        self._unpack("model", settings.model, settings.model_dest)
+        self._unpack("ground truth", settings.ground_truth, settings.ground_truth_dest)
+        self._stop.check()
+        self._mode.setup()
+
+    def _unpack(self, name: str, source: S3Location | None, destination: Path) -> None:
+        """Stream a tar from the bucket into a directory that the user's command owns."""
+        if source is None:
+            return
+        from shim.archives import extract_tar
+        from shim.s3.errors import S3ClientError
+
+        self._stop.check()
+        self._log.info(f"Unpacking the {name} from {source} to {destination}")
+        try:
+            user = resolve_user(self._settings.user)
+            destination.mkdir(parents=True, exist_ok=True)
+            with self._store.open(source.bucket, source.key) as stream:
+                extract_tar(stream, destination, uid=user.uid, gid=user.gid)
+        except UserSafeError as error:
+            raise UserSafeError(f"Could not set up {name}: {error}") from error
+        except S3ClientError as error:
+            self._log.error(f"Could not read the {name}: {error}")
+            raise UserSafeError(
+                f"Could not set up {name}: Tarfile could not be downloaded"
+            ) from error
+
+    def _leave(self, result: RuntimeSetupResult) -> None:
+        leave_setup_result(self._settings, self._store, result, self._log)
+
+
+def leave_setup_result(
+    settings: Settings, store: Store, result: RuntimeSetupResult, log: Log
+) -> None:
+    """Put the signed runtime set-up result where the platform looks for it, if it named a place."""
+    bucket, prefix = settings.runtime_output_bucket_name, settings.runtime_output_prefix
+    if bucket is None or prefix is None:
+        log.info("No place is set for the runtime setup result: it is skipped")
+        return
+    key = runtime_setup_key(prefix)
+    log.info(f"Uploading the runtime setup result to {key!r} in {bucket}")
+    put_signed(store, bucket, key, result.to_json(), settings.signing_key)

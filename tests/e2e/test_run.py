@@ -1,0 +1,164 @@
+"""One task on a laptop: no AWS, no network, no credentials."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.platform import COMMAND, ROOT, P, Finished, Platform
+from tests.support import UNPRIVILEGED_UID, needs_root
+
+EXAMPLE = ROOT / "tests/data/example"
+
+
+@pytest.fixture
+def laptop(platform: Platform) -> Platform:
+    """A platform's directories without its bucket or credentials."""
+    platform.environ = {
+        name: value
+        for name, value in platform.environ.items()
+        if not name.startswith("AWS_") and "RUNTIME" not in name
+    }
+    (platform.root / "in/sub").mkdir(parents=True)
+    (platform.root / "in/sub/a.txt").write_text("content")
+    return platform
+
+
+def rehearse(laptop: Platform, script: str, *options: str) -> Finished:
+    shell = f"I={laptop.root}/input O={laptop.root}/output\n{script}"
+    return laptop.run(
+        "run", "--input", "in", "--output", "out", *options, "--", "/bin/sh", "-c", shell
+    )
+
+
+def test_a_directory_is_run_into_another(laptop: Platform) -> None:
+    job = rehearse(laptop, "echo hello; tr a-z A-Z <$I/sub/a.txt >$O/b.txt")
+    assert 0 == job.code, job.stderr
+    assert "CONTENT" == (laptop.root / "out/b.txt").read_text()
+    result = json.loads((laptop.root / "out/.sagemaker_shim/inference_result.json").read_text())
+    assert (0, ["b.txt"]) == (
+        result["return_code"],
+        [output["relative_path"] for output in result["outputs"]],
+    )
+    assert ["hello"] == job.texts(internal=False)
+    assert "Return code 0" in job.texts(internal=True)[-1]
+    assert "content" == (laptop.root / "in/sub/a.txt").read_text()
+
+
+def test_a_failing_command_exits_with_1_and_shows_its_code(laptop: Platform) -> None:
+    job = rehearse(laptop, "echo oops >&2; exit 5")
+    assert 1 == job.code
+    assert "Return code 5" in job.texts(internal=True)[-1]
+
+
+def test_text_lines_are_for_people(laptop: Platform) -> None:
+    job = rehearse(laptop, "echo hello; echo oops >&2", "--log-format", "text")
+    assert "hello" in job.stdout.splitlines()
+    assert "oops" in job.stderr.splitlines()
+    assert '{"log"' not in job.stdout + job.stderr
+
+
+def test_the_time_limit_holds(laptop: Platform) -> None:
+    job = rehearse(laptop, "sleep 60", "--timeout", "0.3")
+    assert 1 == job.code
+    assert "Time limit exceeded" in job.texts(level="ERROR", internal=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--timeout", "soon"], ["--timeout", "soon", "PT1H30M"]),
+        (["--input", "missing"], ["--input", "missing", "directory"]),
+        (["--output", "in"], ["two directories"]),
+    ],
+    ids=["timeout", "input", "same"],
+)
+def test_what_is_wrong_is_said_before_anything_runs(
+    laptop: Platform, options: list[str], words: list[str]
+) -> None:
+    job = rehearse(laptop, "echo never", *options)
+    assert 2 == job.code
+    assert all(word in job.stderr for word in words), job.stderr
+    assert "" == job.stdout
+
+
+def test_a_command_that_does_not_exist_is_said_so(laptop: Platform) -> None:
+    job = laptop.run("run", "--input", "in", "--output", "out", "--", "no-such-command")
+    assert 1 == job.code
+    assert any("does not exist" in text for text in job.texts(level="ERROR", internal=False))
+
+
+def test_what_somebody_filled_is_not_emptied(laptop: Platform) -> None:
+    (laptop.root / "output").mkdir()
+    (laptop.root / "output/dear").touch()
+    (laptop.root / "opt/model").mkdir()
+    (laptop.root / "opt/model/weights").touch()
+    job = rehearse(laptop, "true")
+    assert 2 == job.code
+    assert "output is not empty" in job.stderr
+    (laptop.root / "output/dear").unlink()
+    assert 0 == rehearse(laptop, "true").code
+    assert (laptop.root / "opt/model/weights").exists()
+
+
+def test_the_images_own_command_is_the_default(laptop: Platform) -> None:
+    laptop.script("echo mine")
+    job = laptop.run("run", "--input", "in", "--output", "out")
+    assert ["mine"] == job.texts(internal=False)
+
+
+@needs_root
+def test_without_root_the_directories_are_temporary(laptop: Platform, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+    (laptop.root / "tmp").chmod(0o1777)
+    if not os.access(sys.executable, os.X_OK) or "/root/" in str(Path(sys.executable).resolve()):
+        pytest.skip("the interpreter lies in a directory that only root can enter")
+    done = subprocess.run(
+        [*COMMAND, "run", "--input", str(EXAMPLE / "input"), "--output", str(home / "out")]
+        + ["--", sys.executable, str(EXAMPLE / "algorithm.py")],
+        env={name: v for name, v in laptop.environ.items() if not name.startswith(P)},
+        user=UNPRIVILEGED_UID,
+        group=UNPRIVILEGED_UID,
+        extra_groups=[],
+        cwd="/",
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert 0 == done.returncode, done.stderr
+    assert {"area": 5} == json.loads((home / "out/results.json").read_text())
+
+
+def test_the_readmes_first_command_works(laptop: Platform) -> None:
+    """As printed, but for the output directory and the paths of the platform."""
+    command = re.search(r"python3 -m shim run .*", (ROOT / "README.md").read_text())
+    assert command
+    _, _, _, *arguments = shlex.split(command[0])
+    laptop.environ |= {
+        "SHIM_INPUT_PATH": str(laptop.root / "input"),
+        "SHIM_OUTPUT_PATH": str(laptop.root / "output"),
+    }
+    with laptop.start(*arguments[:1], *rebased(arguments[1:], laptop.root)) as process:
+        stdout, stderr = process.communicate(timeout=60)
+    assert 0 == process.returncode, stderr
+    output = laptop.root / arguments[arguments.index("--output") + 1].lstrip("/")
+    assert {"area": 5} == json.loads((output / "results.json").read_text())
+
+
+def rebased(arguments: list[str], root: Path) -> list[str]:
+    """Lead relative paths to the checkout, and the output below `root`."""
+    output = arguments.index("--output") + 1
+    arguments[output] = str(root / arguments[output].lstrip("/"))
+    return [
+        str(ROOT / argument) if argument.startswith("tests/") else argument
+        for argument in arguments
+    ]

@@ -1,0 +1,108 @@
+"""The imports of the package point one way, and nothing outside the standard library is used."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import shim
+
+PACKAGE = Path(shim.__file__).parent
+
+# One total order: a module may import what stands above it.
+ORDER = """
+shim
+errors durations fields stopping
+s3 s3.errors s3.uri s3.checksums s3.sigv4 s3.profiles s3.endpoints s3.retries s3.xml
+tasks settings command
+logs users executables launch descendants relay process workspace archives loopback
+s3.crew s3.buffers s3.store s3.http1 s3.transport s3.credentials s3.operations s3.download s3.upload
+s3.directory s3.client s3.transfer
+modes runner runtime preflight rehearsal
+server service
+cli __main__
+""".split()
+
+# Leaves and values: no network, no processes, no threads.
+VALUES = ORDER[: ORDER.index("logs")]
+EFFECTS = {"socket", "ssl", "http", "urllib.request", "subprocess", "threading"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__") or "shim"
+        found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the dotted name of each module that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}".removeprefix("shim.")
+                yield f"shim.{submodule}" if submodule in MODULES else str(node.module)
+
+
+def test_the_order_names_every_module_once() -> None:
+    assert sorted(set(ORDER)) == sorted(ORDER)
+    assert sorted(MODULES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_to_modules_named_before(name: str) -> None:
+    before = ORDER[: ORDER.index(name)]
+    own = [
+        imported.removeprefix("shim.")
+        for imported in imports(MODULES[name])
+        if imported.split(".")[0] == "shim"
+    ]
+    assert [] == [imported for imported in own if imported not in before]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_come_from_the_standard_library(name: str) -> None:
+    foreign = {imported.split(".")[0] for imported in imports(MODULES[name])} - {"shim"}
+    assert set() == foreign - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_have_no_effects(name: str) -> None:
+    assert set() == EFFECTS & set(imports(MODULES[name]))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("s3")])
+def test_the_s3_client_could_be_lifted_out(name: str) -> None:
+    own = [imported for imported in imports(MODULES[name]) if imported.split(".")[0] == "shim"]
+    assert [] == [imported for imported in own if not imported.startswith("shim.s3")]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("cli", "__main__")])
+def test_only_the_command_line_reads_the_process(name: str) -> None:
+    """The environment, the arguments and signal handlers belong to the edge."""
+    tree = ast.parse(MODULES[name].read_text())
+    used = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    # process.py restores the default dispositions in the child that it forks.
+    assert set() == used & {"os.environ", "os.getenv", "os.environb", "sys.argv", "sys.exit"}
+
+
+def test_the_distribution_requires_nothing() -> None:
+    assert "install_requires" not in (PACKAGE.parent / "setup.cfg").read_text().replace(
+        "under install_requires", ""
+    )
