@@ -95,7 +95,7 @@ class Crew:
     def _call(self, work: Work) -> None:
         try:
             has_more = work.step()
-        except BaseException as error:
+        except BaseException as error:  # noqa: B036 - finish() raises it
             has_more, work.error = False, work.error or error
         with self._ended:
             work.calls -= 1

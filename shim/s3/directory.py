@@ -27,9 +27,14 @@ BLOCK_BYTES = 1 << 20
 class DirectoryStore:
     """Buckets that are directories."""
 
-    def __init__(self, root: Path, *, buckets: Mapping[str, Path] | None = None) -> None:
-        """root: holds the buckets that are not in `buckets`, and the metadata of all."""
+    def __init__(self, root: Path | None, *, buckets: Mapping[str, Path] | None = None) -> None:
+        """root: holds the buckets and the metadata."""
         self._root, self._buckets = root, buckets or {}
+
+    @classmethod
+    def from_buckets(cls, buckets: Mapping[str, Path]) -> DirectoryStore:
+        """Use these directories, no other bucket exists; metadata are not kept."""
+        return cls(None, buckets=buckets)
 
     def get(self, bucket: str, key: str, *, max_bytes: int) -> bytes:
         """Return a whole object, refuse one that is longer."""
@@ -49,12 +54,8 @@ class DirectoryStore:
         persistent: bool = False,
     ) -> None:
         """Store a small object."""
-        self._replace(self._path(bucket, key, "PutObject"), body)
-        described = self._metadata_path(bucket, key)
-        if metadata:
-            self._replace(described, json.dumps(dict(metadata)).encode())
-        else:
-            described.unlink(missing_ok=True)
+        _replace(self._path(bucket, key, "PutObject"), iter([body]))
+        self._describe(bucket, key, metadata)
 
     def head(self, bucket: str, key: str) -> ObjectHead:
         """Describe an object; its ETag changes when it is replaced."""
@@ -62,10 +63,8 @@ class DirectoryStore:
             status = self._path(bucket, key, "HeadObject").stat()
         except OSError as error:
             raise _missing("HeadObject", bucket, key) from error
-        try:
-            metadata = json.loads(self._metadata_path(bucket, key).read_bytes())
-        except FileNotFoundError:
-            metadata = {}
+        described = self._metadata_path(bucket, key)
+        metadata = json.loads(described.read_bytes()) if described and described.exists() else {}
         etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
         return ObjectHead(size=status.st_size, etag=etag, metadata=metadata)
 
@@ -93,64 +92,71 @@ class DirectoryStore:
     def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
         """Make path hold the object's bytes; on failure path is as it was."""
         with self.open(bucket, key) as source:
-            _replace_with(path, iter(lambda: source.read(BLOCK_BYTES), b""))
+            _replace(path, iter(lambda: source.read(BLOCK_BYTES), b""))
 
     def upload(
         self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
     ) -> None:
         """Store the first size bytes of a file."""
-        path = self._path(bucket, key, "PutObject")
-        path.parent.mkdir(parents=True, exist_ok=True)
         blocks = (
             os.pread(fd, min(BLOCK_BYTES, size - start), start)
             for start in range(0, size, BLOCK_BYTES)
         )
-        _replace_with(path, blocks)
-        self._metadata_path(bucket, key).unlink(missing_ok=True)
+        _replace(self._path(bucket, key, "PutObject"), blocks)
+        self._describe(bucket, key, {})
 
     def close(self) -> None:
         """Do nothing: no file stays open."""
 
-    def _replace(self, path: Path, body: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_with(path, iter([body]))
-
     def _path(self, bucket: str, key: str, operation: str) -> Path:
         """Return the file of a key; ServiceError for one that would lie elsewhere."""
-        top = self._buckets.get(bucket, self._root / bucket)
+        top = self._buckets.get(bucket) or (self._root / bucket if self._root else None)
+        if top is None or bucket in (METADATA, ".", ".."):
+            raise _error(operation, bucket, key, 404, "NoSuchBucket", "There is no such bucket")
         parts = [part for part in key.split("/") if part not in ("", ".")]
         path = top.joinpath(*parts)
-        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(top))
-        if ".." in parts or "\0" in key or bucket in (METADATA, ".", "..") or not inside:
-            raise ServiceError(
-                operation=operation,
-                bucket=bucket,
-                key=key,
-                status=400,
-                code="InvalidArgument",
-                message="The key would lie outside of its bucket's directory",
-                headers={},
-            )
+        if ".." in parts or "\0" in key or not _is_inside(path, top):
+            message = "The key would lie outside of its bucket's directory"
+            raise _error(operation, bucket, key, 400, "InvalidArgument", message)
         return path
 
-    def _metadata_path(self, bucket: str, key: str) -> Path:
-        return self._root / METADATA / bucket / f"{key.strip('/')}.json"
+    def _metadata_path(self, bucket: str, key: str) -> Path | None:
+        return self._root / METADATA / bucket / f"{key.strip('/')}.json" if self._root else None
+
+    def _describe(self, bucket: str, key: str, metadata: Mapping[str, str]) -> None:
+        described = self._metadata_path(bucket, key)
+        if described and metadata:
+            _replace(described, iter([json.dumps(dict(metadata)).encode()]))
+        elif described:
+            described.unlink(missing_ok=True)
 
 
-def _missing(operation: str, bucket: str, key: str) -> ServiceError:
+def _is_inside(path: Path, top: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(top))
+
+
+def _error(
+    operation: str, bucket: str, key: str, status: int, code: str, message: str
+) -> ServiceError:
     return ServiceError(
         operation=operation,
         bucket=bucket,
         key=key,
-        status=404,
-        code="NoSuchKey",
-        message="The specified key does not exist.",
+        status=status,
+        code=code,
+        message=message,
         headers={},
     )
 
 
-def _replace_with(path: Path, blocks: Iterator[bytes]) -> None:
+def _missing(operation: str, bucket: str, key: str) -> ServiceError:
+    message = "The specified key does not exist."
+    return _error(operation, bucket, key, 404, "NoSuchKey", message)
+
+
+def _replace(path: Path, blocks: Iterator[bytes]) -> None:
     """Write a file under another name, then give it its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.urandom(12).hex()}.part")
     try:
         with temporary.open("xb") as file:

@@ -36,9 +36,9 @@ LEGACY_STS_REGIONS = frozenset(
 _LABEL = re.compile(r"(?!-)[a-zA-Z0-9-]{1,63}(?<!-)")
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}")
 _HOST_NAME = re.compile(r"[a-zA-Z0-9._-]+|[0-9a-fA-F:.]+")
-_AWS_HOST = re.compile(
-    r"(?:.*\.)?s3(?:-fips)?(?:\.dualstack)?[.-](?P<region>[a-z]+-[a-z0-9-]+-[0-9]+)\."
-    r"(?:vpce\.)?amazonaws\.com(?:\.cn)?"
+_AWS_URL = re.compile(
+    r"https?://(?:[^/]*\.)?s3(?:-fips)?(?:\.dualstack)?[.-](?P<region>[a-z]+-[a-z0-9-]+-[0-9]+)"
+    r"\.(?:vpce\.)?amazonaws\.com(?:\.cn)?(?::[0-9]+)?/?"
 )
 
 _INVALID_NAME = "Invalid ARN: The {} may only contain a-z, A-Z, 0-9 and `-`. Found: `{}`"
@@ -73,11 +73,8 @@ class EndpointConfiguration:
             return environ.get(variable) or profile.get(key) or default
 
         endpoint_url = configured_endpoint_url(environ, profile, service="s3")
-        region = configured_region(environ, profile) or _region_of_aws_host(endpoint_url)
-        fips_region = bool(region and (region.startswith("fips-") or region.endswith("-fips")))
-        if region:
-            region = region.replace("fips-", "").replace("-fips", "")
-        fips = setting("AWS_USE_FIPS_ENDPOINT", "use_fips_endpoint")
+        region, fips = configured_region(environ, profile)
+        aws_url = _AWS_URL.fullmatch(endpoint_url or "")
         dualstack = profile.get("s3.use_dualstack_endpoint") or setting(
             "AWS_USE_DUALSTACK_ENDPOINT", "use_dualstack_endpoint"
         )
@@ -85,10 +82,10 @@ class EndpointConfiguration:
             "AWS_S3_US_EAST_1_REGIONAL_ENDPOINT", "s3.us_east_1_regional_endpoint", "legacy"
         )
         return cls(
-            region=region,
+            region=region or (aws_url["region"] if aws_url else None),
             endpoint_url=endpoint_url,
             addressing_style=profile.get("s3.addressing_style") or "auto",
-            use_fips=not endpoint_url and (fips_region or is_true(fips)),
+            use_fips=not endpoint_url and fips,
             use_dualstack=not endpoint_url and is_true(dualstack),
             use_accelerate=is_true(profile.get("s3.use_accelerate_endpoint", "")),
             use_arn_region=is_true(setting("AWS_S3_USE_ARN_REGION", "s3.use_arn_region", "true")),
@@ -123,14 +120,20 @@ def is_true(text: str) -> bool:
     return text.lower() == "true"
 
 
-def configured_region(environ: Mapping[str, str], profile: Mapping[str, str]) -> str | None:
-    """Return the region of the environment, then of the profile."""
-    region = environ.get("AWS_DEFAULT_REGION") or environ.get("AWS_REGION") or profile.get("region")
-    if region and not _is_label(region):
+def configured_region(
+    environ: Mapping[str, str], profile: Mapping[str, str]
+) -> tuple[str | None, bool]:
+    """Return the region, and whether FIPS endpoints are asked for: by a switch or in its name."""
+    fips = is_true(environ.get("AWS_USE_FIPS_ENDPOINT") or profile.get("use_fips_endpoint", ""))
+    named = environ.get("AWS_DEFAULT_REGION") or environ.get("AWS_REGION") or profile.get("region")
+    if not named:
+        return None, fips
+    if not _is_label(named):
         raise EndpointUnresolved(
-            f"Provided region_name {region!r} doesn't match a supported format."
+            f"Provided region_name {named!r} doesn't match a supported format."
         )
-    return region or None
+    region = named.removeprefix("fips-").removesuffix("-fips")
+    return region, fips or region != named
 
 
 def configured_endpoint_url(
@@ -157,11 +160,14 @@ def resolve_sts_url(environ: Mapping[str, str], profile: Mapping[str, str]) -> s
     """Return the URL of the Security Token Service, with a final slash."""
     if endpoint_url := configured_endpoint_url(environ, profile, service="sts"):
         return endpoint_url.rstrip("/") + "/"
-    region = configured_region(environ, profile) or GLOBAL_REGION
+    region, fips = configured_region(environ, profile)
     mode = environ.get("AWS_STS_REGIONAL_ENDPOINTS") or profile.get("sts_regional_endpoints")
-    if region == GLOBAL_REGION or (mode == "legacy" and region in LEGACY_STS_REGIONS):
+    if not fips and (not region or (mode == "legacy" and region in LEGACY_STS_REGIONS)):
         return "https://sts.amazonaws.com/"
-    return f"https://sts.{region}.{partition(region)[1]}/"
+    region = region or "us-east-1"
+    name, suffix = partition(region)
+    service = "sts-fips" if fips and name != "aws-us-gov" else "sts"
+    return f"https://{service}.{region}.{suffix}/"
 
 
 def partition(region: str) -> tuple[str, str]:
@@ -359,8 +365,3 @@ def _is_label(text: str) -> bool:
 
 def _is_ip(host: str) -> bool:
     return ":" in host or _IPV4.fullmatch(host) is not None
-
-
-def _region_of_aws_host(url: str | None) -> str | None:
-    match = _AWS_HOST.fullmatch(urlsplit(url).hostname or "") if url else None
-    return match["region"] if match else None

@@ -34,7 +34,7 @@ class ServiceError(S3ClientError):
     headers: of the answer, names in lower case.
     """
 
-    def __init__(
+    def __init__(  # noqa: B042 - is neither copied nor pickled
         self,
         *,
         operation: str,

@@ -79,11 +79,9 @@ class Transfers:
             if crew.cancelled():
                 raise Cancelled("The transfer was stopped")
             with lock:
-                for item in iterator:
-                    break
-                else:
-                    return False
-            transfer(item, crew)
-            return True
+                item = next(iterator, None)
+            if item is not None:
+                transfer(item, crew)
+            return item is not None
 
         crew.run(step)

@@ -262,7 +262,7 @@ class Transport:
 
     def _connect(self, request: Request, proxy: Proxy | None) -> Connection:
         deadline = time.monotonic() + request.connect_seconds
-        where = f"proxy http://{proxy.host}:{proxy.port}" if proxy else f'URL: "{request.full_url}"'
+        where = f"proxy {proxy.host}:{proxy.port}" if proxy else f"URL: {request.full_url}"
         try:
             sock = self._dial(proxy or request, deadline)
         except OSError as error:

@@ -55,7 +55,7 @@ def parse(document: bytes) -> Element:
     parser.CharacterDataHandler = text
     parser.StartDoctypeDeclHandler = refuse
     try:
-        # Complete sends blanks to keep the connection alive; XML allows none before its declaration.
+        # Complete sends blanks to stay alive; XML allows none before its declaration.
         parser.Parse(document.lstrip(), True)
     except expat.ExpatError as error:
         raise TransportError(f"The answer is not well-formed XML: {error}") from error
