@@ -483,6 +483,7 @@ STS_CASES = [
         {"AWS_REGION": "af-south-1", "AWS_STS_REGIONAL_ENDPOINTS": "legacy"},
         "https://sts.af-south-1.amazonaws.com/",
     ),
+    ({"AWS_REGION": "fips-us-west-2"}, "https://sts-fips.us-west-2.amazonaws.com/"),
     ({"AWS_ENDPOINT_URL_STS": "http://127.0.0.1:5000"}, "http://127.0.0.1:5000/"),
     ({"AWS_ENDPOINT_URL": "http://127.0.0.1:5000/"}, "http://127.0.0.1:5000/"),
     ({"AWS_S3_ENDPOINT_URL": "http://127.0.0.1:5000/"}, "https://sts.amazonaws.com/"),
@@ -497,7 +498,9 @@ def test_finds_the_security_token_service(environ: dict[str, str], url: str) -> 
 def test_finds_the_security_token_service_where_the_rule_set_does() -> None:
     rules = provider_of("sts", "2011-06-15")
     for region in ["us-east-1", "eu-central-1", "us-gov-west-1", "us-isob-east-1", "cn-north-1"]:
-        expected = rules.resolve_endpoint(
-            Region=region, UseFIPS=False, UseDualStack=False, UseGlobalEndpoint=False
-        )
-        assert f"{expected.url}/" == resolve_sts_url({"AWS_REGION": region}, {})
+        for fips in (False, True):
+            expected = rules.resolve_endpoint(
+                Region=region, UseFIPS=fips, UseDualStack=False, UseGlobalEndpoint=False
+            )
+            environ = {"AWS_REGION": region, "AWS_USE_FIPS_ENDPOINT": str(fips)}
+            assert f"{expected.url}/" == resolve_sts_url(environ, {})
