@@ -232,6 +232,13 @@ def test_keys_of_the_environment_win_over_a_profile_that_is_not_supported(direct
     assert "ENV" == Ours(environ).provider.get().access_key
 
 
+@pytest.mark.parametrize("text", ["1.5", "-1", "soon"])
+def test_refuses_a_timeout_that_is_no_number(text: str, directory: Path) -> None:
+    variables = {"AWS_EC2_METADATA_DISABLED": "", "AWS_METADATA_SERVICE_TIMEOUT": text}
+    sentence = refusal(environ_of(directory, AWS_PROFILE="empty", **variables))
+    assert f"AWS_METADATA_SERVICE_TIMEOUT is not a whole number: {text!r}" == sentence
+
+
 @pytest.mark.parametrize(
     ("output", "sentence"),
     [
@@ -365,6 +372,16 @@ def test_a_container_that_cannot_be_reached_is_an_error(directory: Path) -> None
     assert "Could not connect" in refusal(environ_of(directory, **variables))
 
 
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:x/", "http://localhost:99999/"])
+def test_refuses_what_is_no_address(url: str, directory: Path) -> None:
+    named = environ_of(directory, AWS_PROFILE="empty", AWS_CONTAINER_CREDENTIALS_FULL_URI=url)
+    assert url in refusal(named) or "Unsupported host ''" in refusal(named)
+    metadata = {"AWS_EC2_METADATA_DISABLED": "", "AWS_EC2_METADATA_SERVICE_ENDPOINT": url}
+    assert url in refusal(environ_of(directory, AWS_PROFILE="empty", **metadata))
+    token = {"AWS_WEB_IDENTITY_TOKEN_FILE": str(directory / "token"), "AWS_ROLE_ARN": "arn"}
+    assert url in refusal(environ_of(directory, AWS_ENDPOINT_URL_STS=url, **token))
+
+
 @pytest.mark.parametrize(
     ("url", "is_allowed"),
     [
@@ -418,12 +435,14 @@ def test_the_relative_address_stays_at_the_container(directory: Path) -> None:
     assert "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must begin with /" == sentence
 
 
-@pytest.mark.parametrize("token", ["hidden\r\nX-Evil: 1", "hidden\nhidden"])
-def test_refuses_a_token_of_two_lines(token: str, directory: Path, container: Container) -> None:
+@pytest.mark.parametrize("token", ["hidden\r\nX-Evil: 1", "hidden\nhidden", "hiddén"])
+def test_refuses_a_token_that_would_break_a_header(
+    token: str, directory: Path, container: Container
+) -> None:
     server, _ = container
     environ = container_environ(directory, server, AWS_CONTAINER_AUTHORIZATION_TOKEN=token)
     sentence = refusal(environ)
-    assert "The AWS_CONTAINER_AUTHORIZATION_TOKEN has more than one line" == sentence
+    assert "The AWS_CONTAINER_AUTHORIZATION_TOKEN is not one line of ASCII text" == sentence
 
 
 def test_names_a_token_file_that_is_missing(directory: Path, container: Container) -> None:

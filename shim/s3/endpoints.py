@@ -159,7 +159,8 @@ def configured_endpoint_url(
 def resolve_sts_url(environ: Mapping[str, str], profile: Mapping[str, str]) -> str:
     """Return the URL of the Security Token Service, with a final slash."""
     if endpoint_url := configured_endpoint_url(environ, profile, service="sts"):
-        return endpoint_url.rstrip("/") + "/"
+        endpoint = _custom_endpoint(endpoint_url, "")
+        return f"{endpoint.scheme}://{endpoint.host}{endpoint.base_path}/"
     region, fips = configured_region(environ, profile)
     mode = environ.get("AWS_STS_REGIONAL_ENDPOINTS") or profile.get("sts_regional_endpoints")
     if not fips and (not region or (mode == "legacy" and region in LEGACY_STS_REGIONS)):
