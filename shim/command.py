@@ -42,9 +42,11 @@ def child_environment(environ: Mapping[str, str], *, home: str | None) -> dict[s
         and not name.startswith(_PACKAGING_PREFIXES)
     }
     _restore_library_path(env, environ)
-    if env.get("HOME", "") in _RUNTIME_HOMES and home is not None:
+    own_home = env.get("HOME", "")
+    if home is None:
+        env["HOME"] = own_home or "/"
+    elif own_home in _RUNTIME_HOMES:
         env["HOME"] = home
-    env.setdefault("HOME", "/")
     return env
 
 

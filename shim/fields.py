@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeAlias, TypeVar
 
     Parser: TypeAlias = Callable[[object], Any]
-    K = TypeVar("K", str, int)
+    K = TypeVar("K", bound=str | int)
     T = TypeVar("T")
 
 # pydantic's own limit. The parser of json recurses in C, and threads have small stacks.
@@ -34,14 +34,16 @@ _TRUE = {True, "1", "on", "t", "true", "y", "yes"}
 _FALSE = {False, "0", "off", "f", "false", "n", "no"}
 
 
-def refusal(value: object, message: str, *, type: str) -> InvalidFields:
-    """Build the exception for one value."""
-    return InvalidFields([Problem(loc=(), type=type, message=message, input=value)])
-
-
-def value_error(loc: tuple[str | int, ...], message: str, value: object) -> Problem:
-    """Build the problem that pydantic makes of a validator's ValueError."""
-    return Problem(loc=loc, type="value_error", message=VALUE_ERROR + message, input=value)
+def refusal(
+    value: object,
+    message: str,
+    *,
+    type: str = "value_error",
+    loc: tuple[str | int, ...] = (),
+) -> InvalidFields:
+    """Build the exception for one value; without a type, it is that of a validator."""
+    message = f"{VALUE_ERROR}{message}" if type == "value_error" else message
+    return InvalidFields([Problem(loc=loc, type=type, message=message, input=value)])
 
 
 def decode_json(body: bytes) -> object:
@@ -99,8 +101,11 @@ def duration(value: object) -> timedelta:
     try:
         return parse_duration(value)
     except (TypeError, ValueError) as error:
-        type = "time_delta_type" if isinstance(error, TypeError) else "time_delta_parsing"
-        raise refusal(value, str(error), type=type) from None
+        raise refusal(
+            value,
+            f"Input should be a valid duration, {error}",
+            type="time_delta_type" if isinstance(error, TypeError) else "time_delta_parsing",
+        ) from None
 
 
 def members(
@@ -127,13 +132,14 @@ def items(
     value: object,
     parser: Callable[[object], T],
     *,
-    check: Callable[[Mapping[int, T]], Iterable[Problem]] = lambda parsed: (),
+    check: Callable[[Mapping[int, T]], Iterable[InvalidFields]] = lambda parsed: (),
 ) -> tuple[T, ...]:
     """Accept a list; `check` sees the items that are valid by themselves, with their positions."""
     if not isinstance(value, list):
         raise refusal(value, "Input should be a valid array", type="list_type")
     parsed, problems = _parse_each((index, parser, item) for index, item in enumerate(value))
-    problems.extend(check(parsed))
+    for error in check(parsed):
+        problems.extend(error.problems)
     if problems:
         raise InvalidFields(problems)
     return tuple(parsed.values())

@@ -228,7 +228,7 @@ class Settings:
         "BOTO_MAX_POOL_CONNECTIONS",
         "120",
         _integers(1, _MAX_INTEGER),
-        "most idle connections to S3",
+        "most pooled connections",
     )
     api_method: str = _component(
         "API_METHOD", "exec", _METHOD, "start the command for each task, or call its server"

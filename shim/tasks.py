@@ -19,8 +19,12 @@ from pathlib import PurePosixPath
 from shim import __version__
 from shim.durations import format_duration
 from shim.errors import InvalidFields, InvalidTasks, NotUtf8, Problem
-from shim.fields import boolean, decode_json, duration, items, members, refusal, text, value_error
+from shim.fields import boolean, decode_json, duration, items, members, refusal, text
 from shim.s3.uri import is_bucket_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 SIGNATURE_METADATA = "signature_hmac_sha256"
 
@@ -83,16 +87,15 @@ class RuntimeSetupResult:
 
 
 def _to_json(value: object) -> bytes:
+    text = json.dumps(value, default=_encode, ensure_ascii=False, separators=(",", ":"))
     # A file name that is not UTF-8 must not cost the result: its odd bytes become "?".
-    return json.dumps(value, default=_encode, ensure_ascii=False, separators=(",", ":")).encode(
-        errors="replace"
-    )
+    return text.encode(errors="replace")
 
 
-def _encode(value: object) -> object:
+def _encode(value: Any) -> object:
     if isinstance(value, timedelta):
         return format_duration(value)
-    return {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def result_key(output_prefix: str) -> str:
@@ -135,12 +138,12 @@ def parse_task_files(bodies: Mapping[str, bytes]) -> tuple[InferenceTask, ...]:
     problems: list[Problem] = []
     for name, body in bodies.items():
         try:
-            members_of_file = items(decode_json(body), lambda value: value)
+            listed = items(decode_json(body), lambda value: value)
         except InvalidFields as error:
             problems.extend(replace(found, loc=(name, *found.loc)) for found in error.problems)
         else:
-            places += ((name, index) for index in range(len(members_of_file)))
-            values += members_of_file
+            places += ((name, index) for index in range(len(listed)))
+            values += listed
     try:
         tasks = items(values, _task, check=_duplicates)
     except InvalidFields as error:
@@ -160,7 +163,9 @@ def ended_prefix(prefix: str) -> str:
 def is_safe_relative_path(path: str) -> bool:
     """Tell whether the path names something below a directory, and not that directory itself."""
     pure = PurePosixPath(path)
-    return bool(pure.parts) and not pure.is_absolute() and not {"..", "\0"} & {*pure.parts, *path}
+    return (
+        bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and "\0" not in path
+    )
 
 
 def _task(value: object) -> InferenceTask:
@@ -181,7 +186,7 @@ def _task(value: object) -> InferenceTask:
 def _pk(value: object) -> str:
     pk = text(value)
     if pk in ("", ".", "..") or "/" in pk or "\0" in pk:
-        raise InvalidFields([value_error((), _UNSAFE_PK, value)])
+        raise refusal(value, _UNSAFE_PK)
     return pk
 
 
@@ -202,7 +207,7 @@ def _input(value: object) -> InferenceIO:
         defaults={"decompress": False},
     )
     if parsed.relative_path == "." and not parsed.is_prefix:
-        raise InvalidFields([value_error(("relative_path",), _UNSAFE_PATH, ".")])
+        raise refusal(".", _UNSAFE_PATH, loc=("relative_path",))
     return parsed
 
 
@@ -211,28 +216,28 @@ def _relative_path(value: object) -> str:
         raise refusal(value, "Input is not a valid path", type="path_type")
     path = text(value)
     if value == "" or not (is_safe_relative_path(path) or str(PurePosixPath(path)) == "."):
-        raise InvalidFields([value_error((), _UNSAFE_PATH, value)])
+        raise refusal(value, _UNSAFE_PATH)
     return str(PurePosixPath(path))
 
 
 def _bucket_name(value: object) -> str:
     name = text(value)
     if not is_bucket_name(name):
-        raise InvalidFields([value_error((), "Invalid bucket name", value)])
+        raise refusal(value, "Invalid bucket name")
     return name
 
 
 def _bucket_key(value: object) -> str:
     key = text(value)
     if not key:
-        raise InvalidFields([value_error((), "Key cannot be blank", value)])
+        raise refusal(value, "Key cannot be blank")
     return key
 
 
 def _output_prefix(value: object) -> str:
     prefix = text(value)
     if not prefix:
-        raise InvalidFields([value_error((), "Prefix cannot be blank", value)])
+        raise refusal(value, "Prefix cannot be blank")
     return ended_prefix(prefix)
 
 
@@ -240,17 +245,17 @@ def _timeout(value: object) -> timedelta | None:
     return None if value is None else duration(value)
 
 
-def _duplicates(tasks: Mapping[int, InferenceTask]) -> Iterator[Problem]:
-    """Two tasks must not share the directory of their inputs, nor overwrite each other's outputs."""
+def _duplicates(tasks: Mapping[int, InferenceTask]) -> Iterator[InvalidFields]:
+    """No two tasks may share the directory of their inputs, or the prefix of their outputs."""
     seen: set[tuple[str, str]] = set()
     for index, task in tasks.items():
         for name, value in (("pk", task.pk), ("output_prefix", task.output_prefix)):
             if (name, value) in seen:
-                yield value_error((index, name), f"Another task has the same {name}", value)
+                yield refusal(value, f"Another task has the same {name}", loc=(index, name))
             seen.add((name, value))
 
 
-def _overlaps(inputs: Mapping[int, InferenceIO]) -> Iterator[Problem]:
+def _overlaps(inputs: Mapping[int, InferenceIO]) -> Iterator[InvalidFields]:
     """A plain file has its path for itself; archives and prefixes only share directories."""
     files: dict[str, int] = {}
     for index, io in inputs.items():
@@ -262,4 +267,4 @@ def _overlaps(inputs: Mapping[int, InferenceIO]) -> Iterator[Problem]:
         places = path.parents if io.decompress else (path, *path.parents)
         if any(files.get(str(place), index) != index for place in places):
             message = "The path is, or lies inside, the file of another input"
-            yield value_error((index, "relative_path"), message, io.relative_path)
+            yield refusal(io.relative_path, message, loc=(index, "relative_path"))
