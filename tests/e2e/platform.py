@@ -61,7 +61,6 @@ class Platform:
     environ: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.root.chmod(0o755)
         for name in ("opt", "tmp"):
             (self.root / name).mkdir()
         self.environ = {
