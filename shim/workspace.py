@@ -1,7 +1,7 @@
 """Keep the directories of a task: made and emptied around it, its outputs found afterwards.
 
-Rule 1: user code is hostile and may still be running. Every step is one name beneath an open
-        directory, never followed through a link.
+Rule 1: user code is hostile and may still be running. Every step below our directories is one
+        name in an open directory, never followed through a link.
 Rule 2: a link in place of one of our directories is refused. A link inside is removed as a link;
         as an output it counts only where it leads to a file inside.
 Rule 3: what is mounted inside belongs to the operator and is left alone by cleaning.

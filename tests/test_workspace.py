@@ -1,0 +1,782 @@
+"""What stays in the directories of a task, and what leaves them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shim.errors import UserSafeError
+from shim.users import User
+from shim.workspace import Workspace, clean_directory, ensure_writable_directories
+from tests.support import UNPRIVILEGED_UID, needs_root
+
+RESET_MESSAGE = "The containers input and output directories could not be reset"
+ROOT = User(uid=None, gid=None, groups=(), home=None, name=None)
+AUTHOR = User(
+    uid=UNPRIVILEGED_UID, gid=UNPRIVILEGED_UID, groups=(UNPRIVILEGED_UID,), home=None, name=None
+)
+
+
+class RecordingLog:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def warning(self, message: str) -> None:
+        self.lines.append(message)
+
+    error = warning
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+@pytest.fixture
+def log() -> RecordingLog:
+    return RecordingLog()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, log: RecordingLog) -> Workspace:
+    return build(tmp_path, log)
+
+
+def build(root: Path, log: RecordingLog, *, linked: bool = True) -> Workspace:
+    return Workspace(
+        input_path=root / "input",
+        output_path=root / "output",
+        linked_input_parent=root / "opt" / "data" if linked else None,
+        log=log,
+    )
+
+
+def mode(path: Path) -> str:
+    return oct(stat.S_IMODE(path.lstat().st_mode))
+
+
+def names(path: Path) -> list[str]:
+    return sorted(os.listdir(path))
+
+
+def test_reset_makes_what_is_missing_whatever_the_umask(
+    tmp_path: Path, workspace: Workspace
+) -> None:
+    umask = os.umask(0o077)
+    try:
+        workspace.reset("pk")
+    finally:
+        os.umask(umask)
+
+    linked = tmp_path / "opt" / "data" / "pk-input"
+    assert os.readlink(tmp_path / "input") == str(linked)
+    assert {str(p.relative_to(tmp_path)): mode(p) for p in [*linked.parents[:2], linked]} == {
+        "opt": "0o755",
+        "opt/data": "0o755",
+        "opt/data/pk-input": "0o755",
+    }
+    assert mode(tmp_path / "output") == "0o777"
+
+
+def test_reset_without_linked_input_uses_the_directory(tmp_path: Path, log: RecordingLog) -> None:
+    (tmp_path / "input").mkdir(mode=0o700)
+    (tmp_path / "input" / "old").write_text("")
+    inode = (tmp_path / "input").stat().st_ino
+
+    build(tmp_path, log, linked=False).reset("pk")
+
+    assert (tmp_path / "input").lstat().st_ino == inode
+    assert names(tmp_path / "input") == []
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "full", "file", "link", "dangling"])
+def test_reset_puts_the_link_in_place_of_anything(
+    tmp_path: Path, workspace: Workspace, kind: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("")
+    path = tmp_path / "input"
+    if kind in ("directory", "full"):
+        path.mkdir()
+    if kind == "full":
+        (path / "d").mkdir()
+        (path / "d" / "l").symlink_to(elsewhere)
+    if kind == "file":
+        path.write_text("")
+    if kind == "link":
+        path.symlink_to(elsewhere)
+    if kind == "dangling":
+        path.symlink_to("nowhere")
+
+    workspace.reset("pk")
+
+    assert os.readlink(path) == str(tmp_path / "opt" / "data" / "pk-input")
+    assert names(path) == []
+    assert names(elsewhere) == ["kept"]
+
+
+@pytest.mark.parametrize("kind", ["link", "full directory", "file"])
+def test_reset_makes_the_linked_directory_anew(
+    tmp_path: Path, workspace: Workspace, kind: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (elsewhere / "kept").write_text("")
+    linked = tmp_path / "opt" / "data" / "pk-input"
+    linked.parent.mkdir(parents=True)
+    if kind == "link":
+        linked.symlink_to(elsewhere)
+    if kind == "file":
+        linked.write_text("")
+    if kind == "full directory":
+        linked.mkdir(mode=0o777)
+        (linked / "old").write_text("")
+
+    workspace.reset("pk")
+
+    assert (names(linked), mode(linked)) == ([], "0o755")
+    assert (names(elsewhere), mode(elsewhere)) == (["kept"], "0o700")
+
+
+def test_next_reset_removes_the_directory_of_the_task_before(
+    tmp_path: Path, workspace: Workspace
+) -> None:
+    workspace.reset("one")
+    workspace.input_file("d/a").write_text("patient")
+    assert workspace.clean() is True
+    assert names(tmp_path / "opt" / "data" / "one-input") == []
+
+    workspace.reset("two")
+
+    assert names(tmp_path / "opt" / "data") == ["two-input"]
+    assert os.readlink(tmp_path / "input") == str(tmp_path / "opt" / "data" / "two-input")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "file", "fifo"])
+def test_output_that_is_no_directory_is_refused_and_not_followed(
+    tmp_path: Path, workspace: Workspace, log: RecordingLog, kind: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("")
+    output = tmp_path / "output"
+    if kind == "file":
+        output.write_text("")
+    elif kind == "fifo":
+        os.mkfifo(output)
+    else:
+        output.symlink_to(elsewhere if kind == "link" else tmp_path / "nowhere")
+
+    with pytest.raises(UserSafeError, match=f"^{RESET_MESSAGE}$"):
+        workspace.reset("pk")
+    assert workspace.clean() is False
+    with pytest.raises(UserSafeError):
+        list(workspace.walk_outputs(ROOT))
+
+    assert str(output) in str(log)
+    assert names(elsewhere) == ["kept"]
+    assert output.exists() is (kind != "dangling")
+
+
+def fill(directory: Path) -> None:
+    """Leave one of everything that a user can leave."""
+    for path in ("d/e/f", ".hidden/.f", "closed/f"):
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).write_text("x")
+    (directory / "closed" / "f").chmod(0)
+    (directory / "closed").chmod(0)
+    (directory / os.fsdecode(b"caf\xe9")).write_text("x")
+    (directory / "new\nline").write_text("x")
+    (directory / ("n" * 255)).write_text("x")
+    (directory / "link").symlink_to("/etc")
+    (directory / "loop").symlink_to("loop")
+    os.mkfifo(directory / "fifo")
+    with closing(socket.socket(socket.AF_UNIX)) as server:
+        server.bind(os.path.relpath(directory / "socket"))
+    if os.geteuid() == 0:
+        os.mknod(directory / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+
+
+def test_clean_removes_everything_inside(
+    tmp_path: Path, workspace: Workspace, log: RecordingLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    workspace.reset("pk")
+    fill(tmp_path / "output")
+    fill(tmp_path / "input")
+
+    assert workspace.clean() is True
+    assert (names(tmp_path / "output"), names(tmp_path / "input")) == ([], [])
+    assert log.lines == []
+    assert os.path.exists("/etc/passwd")
+
+
+@contextmanager
+def immutable(path: Path) -> Iterator[None]:
+    change = subprocess.run(["chattr", "+i", path], capture_output=True)
+    if change.returncode:
+        pytest.skip(f"needs a file system with immutable files: {change.stderr!r}")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
+
+
+@needs_root
+def test_immutable_file_is_a_warning_first_and_refuses_the_next_task(
+    tmp_path: Path, workspace: Workspace, log: RecordingLog
+) -> None:
+    workspace.reset("one")
+    output = tmp_path / "output"
+    (output / "d" / "e").mkdir(parents=True)
+    for path in ("a", "d/e/stuck", "d/e/b", "z"):
+        (output / path).write_text("")
+    with immutable(output / "d" / "e" / "stuck"):
+        assert workspace.clean() is False
+        assert [os.path.relpath(p, output) for p in output.rglob("*")] == ["d", "d/e", "d/e/stuck"]
+        assert f"Could not remove '{output}/d/e/stuck': Operation not permitted" in log.lines
+        with pytest.raises(UserSafeError, match=f"^{RESET_MESSAGE}$"):
+            workspace.reset("two")
+    workspace.reset("two")
+
+
+@needs_root
+def test_many_immutable_files_leave_few_warnings(tmp_path: Path, log: RecordingLog) -> None:
+    directory = tmp_path / "d"
+    directory.mkdir()
+    for number in range(50):
+        (directory / str(number)).write_text("")
+    with immutable(directory):
+        assert clean_directory(directory, log) is False
+
+    assert len(log.lines) == 21
+    assert log.lines[-1] == f"Could not remove 50 entries of {directory} in all"
+
+
+def in_mount_namespace(script: str, *arguments: object) -> str:
+    """Run Python with mounts of its own; skip where that is not allowed."""
+    if shutil.which("unshare") is None or os.geteuid() != 0:
+        pytest.skip("needs root and unshare(1)")
+    probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"needs mount namespaces: {probe.stderr!r}")
+    prelude = (
+        "import os, subprocess, sys\nfrom pathlib import Path\n"
+        "from tests.test_workspace import *\n"
+        "def mount(*a): subprocess.run(['mount', *map(str, a)], check=True)\n"
+        "root, log = Path(sys.argv[1]), RecordingLog()\n"
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", prelude + script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_mounts_inside_are_left_alone(tmp_path: Path) -> None:
+    """A bind mount from the same file system, another file system, a mounted file."""
+    script = """
+output = root / "output"
+for name in ("source/kept", "output/d/bind/x", "output/d/tmpfs/x", "output/a"):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("")
+mount("--bind", root / "source", output / "d" / "bind")
+mount("-t", "tmpfs", "none", output / "d" / "tmpfs")
+(output / "d" / "tmpfs" / "kept").write_text("")
+(output / "file").write_text("")
+mount("--bind", root / "source" / "kept", output / "file")
+workspace = build(root, log)
+assert workspace.clean() is False
+print(sorted(str(p.relative_to(root)) for p in [*output.rglob("*"), *(root / "source").rglob("*")]))
+assert sum("Device or resource busy" in line for line in log.lines) == 3, log
+try:
+    workspace.reset("pk")
+except UserSafeError:
+    print("refused")
+"""
+    assert in_mount_namespace(script, tmp_path).splitlines() == [
+        "['output/d', 'output/d/bind', 'output/d/bind/kept', 'output/d/tmpfs', "
+        "'output/d/tmpfs/kept', 'output/file', 'source/kept']",
+        "refused",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+def test_input_that_is_a_mount_point_is_used_in_place(tmp_path: Path, kind: str) -> None:
+    script = """
+for name in ("source", "input", "output"):
+    (root / name).mkdir()
+(root / "source" / "old").write_text("")
+if sys.argv[2] == "bind":
+    mount("--bind", root / "source", root / "input")
+else:
+    mount("-t", "tmpfs", "none", root / "input")
+mount("-t", "tmpfs", "none", root / "output")
+(root / "output" / "old").write_text("")
+workspace = build(root, log)
+for pk in ("one", "two"):
+    workspace.reset(pk)
+    assert (os.listdir(root / "input"), os.listdir(root / "output")) == ([], [])
+    workspace.input_file("d/a").write_text("x")
+    print(sorted(str(p.relative_to(root)) for p in (root / "input").rglob("*")), end="")
+    assert workspace.clean() is True
+print(os.path.islink(root / "input"), log)
+"""
+    assert in_mount_namespace(script, tmp_path, kind) == "['input/d', 'input/d/a']" * 2 + "False"
+
+
+def test_read_only_root_with_mounts_works_and_without_is_reported(tmp_path: Path) -> None:
+    script = """
+for name in ("input", "output", "opt"):
+    (root / name).mkdir()
+mount("--bind", root, root)
+mount("-o", "remount,bind,ro", root)
+mount("-t", "tmpfs", "none", root / "output")
+os.chdir("/")
+try:
+    build(root, log).reset("pk")
+except UserSafeError as error:
+    print(error, log, sep="\\n")
+mount("-t", "tmpfs", "none", root / "input")
+build(root, log).reset("pk")
+"""
+    message, reason = in_mount_namespace(script, tmp_path).splitlines()
+    assert message == RESET_MESSAGE
+    assert "Read-only file system" in reason
+
+
+def deep_tree(directory: Path, depth: int) -> None:
+    here = os.open(directory, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        there = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = there
+    os.close(os.open("f", os.O_CREAT, dir_fd=here))
+    os.close(here)
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """Yield a directory on a file system that is fast, where there is one."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+def test_very_deep_tree_needs_few_descriptors(in_memory: Path, log: RecordingLog) -> None:
+    directory = in_memory / "d"
+    directory.mkdir()
+    deep_tree(directory, 20_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+    try:
+        assert clean_directory(directory, log) is True
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert (names(directory), log.lines) == ([], [])
+
+
+def test_wide_tree_is_emptied_in_pieces(
+    in_memory: Path, log: RecordingLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shim.workspace.MAX_PENDING", 7)
+    for number in range(300):
+        (in_memory / f"{number}" / "e").mkdir(parents=True)
+        (in_memory / f"f{number}").write_text("")
+
+    assert clean_directory(in_memory, log) is True
+    assert (names(in_memory), log.lines) == ([], [])
+
+
+def test_directory_moved_away_while_it_is_emptied_leads_nowhere_else(
+    tmp_path: Path, log: RecordingLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for path in (ours / "d" / "f", theirs / "kept"):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    real_unlink = os.unlink
+
+    def unlink_after_a_move(*arguments: Any, **named: Any) -> None:
+        with suppress(FileNotFoundError):
+            (ours / "d").rename(theirs / "d")
+        real_unlink(*arguments, **named)
+
+    monkeypatch.setattr(os, "unlink", unlink_after_a_move)
+
+    assert clean_directory(ours, log) is True
+    assert names(theirs) == ["d", "kept"]
+    assert len(log.lines) == 1
+
+
+def test_clean_directory_tolerates_what_is_missing_or_a_link(
+    tmp_path: Path, log: RecordingLog
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "f").write_text("")
+    (tmp_path / "link").symlink_to("kept")
+
+    results = [clean_directory(tmp_path / name, log) for name in ("missing", "link")]
+
+    assert results == [True, False]
+    assert names(tmp_path / "kept") == ["f"]
+    assert len(log.lines) == 1
+
+
+@pytest.mark.parametrize("path", ["a", "d/e/a", "./d//a", "caf\u00e9/new\nline"])
+def test_input_file_has_its_parents(tmp_path: Path, workspace: Workspace, path: str) -> None:
+    workspace.reset("pk")
+    umask = os.umask(0o077)
+    try:
+        file = workspace.input_file(path)
+    finally:
+        os.umask(umask)
+    file.write_text("x")
+
+    assert (tmp_path / "input" / path).read_text() == "x"
+    assert mode(file.parent) == "0o755"
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "/etc/x", "..", "../x", "d/../../x", "a\0b"])
+def test_input_file_outside_is_refused(tmp_path: Path, workspace: Workspace, path: str) -> None:
+    workspace.reset("pk")
+
+    with pytest.raises(UserSafeError):
+        workspace.input_file(path)
+    assert names(tmp_path / "input") == []
+
+
+def test_input_file_goes_through_no_link(tmp_path: Path, workspace: Workspace) -> None:
+    workspace.reset("pk")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "input" / "d").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(OSError):
+        workspace.input_file("d/e/a")
+    assert names(tmp_path / "elsewhere") == []
+
+
+def read_outputs(workspace: Workspace, user: User = ROOT) -> dict[str, str]:
+    found = {}
+    for file in workspace.walk_outputs(user):
+        with open(file.open(), encoding="utf-8") as stream:
+            found[file.relative_path] = stream.read()
+        assert file.size == len(found[file.relative_path].encode())
+    return found
+
+
+@pytest.fixture
+def output(tmp_path: Path, workspace: Workspace) -> Path:
+    """Return an empty output directory with a secret beside it."""
+    workspace.reset("pk")
+    (tmp_path / "secret").write_text("secret")
+    return tmp_path / "output"
+
+
+def test_walk_finds_every_regular_file(output: Path, workspace: Workspace) -> None:
+    contents = {
+        "a": "a",
+        ".hidden": "h",
+        ".d/.e/f": "",
+        "sp ace/caf\u00e9": "b",
+        "new\nline": "c",
+        "sub/.sagemaker_shim/x": "d",
+        "w" * 200 + "/" + "w" * 200: "e",
+    }
+    for path, content in contents.items():
+        (output / path).parent.mkdir(parents=True, exist_ok=True)
+        (output / path).write_text(content)
+
+    assert read_outputs(workspace) == contents
+
+
+def test_walk_leaves_out_what_must_not_be_opened(
+    output: Path, workspace: Workspace, log: RecordingLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(output)
+    fill(output)
+    (output / "closed").chmod(0o700)
+    (output / ".sagemaker_shim").mkdir()
+    (output / ".sagemaker_shim" / "inference_result.json").write_text("forged")
+
+    assert sorted(read_outputs(workspace)) == [
+        ".hidden/.f",
+        "closed/f",
+        "d/e/f",
+        "new\nline",
+        "n" * 255,
+    ]
+    skipped = ["'caf\\udce9'", "'link'", "'loop'", "'fifo'", "'socket'", "'.sagemaker_shim'"]
+    skipped += ["'null'"] if os.geteuid() == 0 else []
+    assert sorted(line.split(": ")[0] for line in log.lines) == sorted(
+        f"Skipping the output {name}" for name in skipped
+    )
+
+
+LINKS = {
+    "to a file": ("d/f", "inside"),
+    "dots": ("d/../d/./f", "inside"),
+    "through a link to a directory": ("dir-link/f", "inside"),
+    "to a link": ("file-link", "inside"),
+    "absolute": ("{output}/d/f", "inside"),
+    "absolute, through a link": ("{output}/dir-link/../d/f", "inside"),
+    "absolute, by another name of the directory": ("{real}/d/f", "inside"),
+    "out": ("../secret", None),
+    "out and in again": ("../output/d/f", None),
+    "out through a directory": ("d/../../secret", None),
+    "out through a link": ("up-link/secret", None),
+    "out, absolute": ("{output}/../secret", None),
+    "out, like the directory": ("{output}-2/x", None),
+    "to the environment of a process": ("/proc/1/environ", None),
+    "to our own root": ("/proc/self/root{output}/d/f", None),
+    "to itself": ("link", None),
+    "to a directory": ("d", None),
+    "to the output directory": (".", None),
+    "to a FIFO": ("fifo", None),
+    "to nothing": ("nothing", None),
+    "below a file": ("d/f/x", None),
+}
+
+
+@pytest.mark.parametrize(("target", "expected"), LINKS.values(), ids=LINKS)
+def test_walk_follows_links_inside_only(
+    tmp_path: Path, log: RecordingLog, target: str, expected: str | None
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "alias").symlink_to("real")
+    workspace = build(tmp_path / "alias", log)
+    workspace.reset("pk")
+    output = tmp_path / "alias" / "output"
+    (tmp_path / "real" / "secret").write_text("secret")
+    (tmp_path / "real" / "output-2").mkdir()
+    (tmp_path / "real" / "output-2" / "x").write_text("secret")
+    (output / "d").mkdir()
+    (output / "d" / "f").write_text("inside")
+    (output / "dir-link").symlink_to("d")
+    (output / "file-link").symlink_to("d/f")
+    (output / "up-link").symlink_to("..")
+    os.mkfifo(output / "fifo")
+    (output / "link").symlink_to(target.format(output=output, real=tmp_path / "real" / "output"))
+
+    assert read_outputs(workspace).get("link") == expected
+    assert ("'link'" in str(log)) is (expected is None)
+
+
+@needs_root
+@pytest.mark.parametrize("user", [AUTHOR, ROOT], ids=["author", "root"])
+def test_walk_opens_nothing_that_the_user_could_not_read(
+    tmp_path: Path, output: Path, workspace: Workspace, log: RecordingLog, user: User
+) -> None:
+    (tmp_path / "secret").chmod(0o600)
+    os.link(tmp_path / "secret", output / "hard")
+    (output / "to-hard").symlink_to("hard")
+    (output / "locked").mkdir(mode=0o700)
+    (output / "locked" / "f").write_text("x")
+    (output / "to-locked").symlink_to("locked/f")
+    (output / "public").write_text("x")
+    (output / "own").write_text("x")
+    (output / "own").chmod(0)
+    os.chown(output / "own", UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+
+    everything = ["hard", "locked/f", "own", "public", "to-hard", "to-locked"]
+    assert sorted(read_outputs(workspace, user)) == (
+        ["own", "public"] if user is AUTHOR else everything
+    )
+    assert len(log.lines) == (4 if user is AUTHOR else 0)
+
+
+def replace_by_link(output: Path) -> None:
+    (output / "f").unlink()
+    (output / "f").symlink_to(output.parent / "secret")
+
+
+def replace_by_fifo(output: Path) -> None:
+    (output / "f").unlink()
+    os.mkfifo(output / "f")
+
+
+def replace_by_root_owned_file(output: Path) -> None:
+    (output.parent / "secret").chmod(0o600)
+    (output / "f").unlink()
+    os.link(output.parent / "secret", output / "f")
+
+
+def replace_output(output: Path) -> None:
+    output.rename(output.parent / "moved")
+    output.symlink_to("moved")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda output: (output / "f").unlink(), id="gone"),
+        replace_by_link,
+        replace_by_fifo,
+        pytest.param(replace_by_root_owned_file, marks=needs_root),
+        replace_output,
+    ],
+)
+def test_output_that_changed_since_the_walk_is_not_found(
+    output: Path, workspace: Workspace, change: Callable[[Path], None]
+) -> None:
+    (output / "f").write_text("x")
+    [file] = workspace.walk_outputs(AUTHOR)
+    change(output)
+
+    with pytest.raises(FileNotFoundError):
+        file.open()
+
+
+def test_walk_of_a_missing_output_directory_finds_nothing(
+    tmp_path: Path, workspace: Workspace, log: RecordingLog
+) -> None:
+    assert list(workspace.walk_outputs(ROOT)) == []
+    assert len(log.lines) == 1
+
+
+def test_walk_of_a_very_deep_tree_ends_where_keys_end(in_memory: Path, log: RecordingLog) -> None:
+    workspace = build(in_memory, log)
+    workspace.reset("pk")
+    output = in_memory / "output"
+    deep_tree(output, 2_000)
+    (output / "f").write_text("x")
+
+    assert read_outputs(workspace) == {"f": "x"}
+    assert len(log.lines) == 1
+    assert "longer than 1024 bytes" in log.lines[0]
+    assert workspace.clean() is True
+
+
+def test_open_files_of_a_walk_do_not_grow(output: Path, workspace: Workspace) -> None:
+    for number in range(300):
+        (output / f"{number}").mkdir()
+        (output / f"{number}" / "f").write_text("")
+    before = len(os.listdir("/proc/self/fd"))
+
+    files = []
+    for file in workspace.walk_outputs(ROOT):
+        files.append(file)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(files) == 300
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def swap_for_ever(directory: Path, outside: Path) -> None:
+    """As a hostile user: exchange a directory, a link out of here and other places, quickly."""
+    os.setuid(UNPRIVILEGED_UID)
+    while True:
+        with suppress(OSError):
+            (directory / "d" / "e").mkdir(parents=True)
+            (directory / "d" / "e" / "f").write_text("mine")
+        with suppress(OSError):
+            (directory / "d" / "e").rename(directory / "x")
+        with suppress(OSError):
+            (directory / "d" / "e").symlink_to(outside)
+        with suppress(OSError):
+            (directory / "d").rename(directory / "y")
+        with suppress(OSError):
+            (directory / "d").symlink_to(outside)
+        for name in ("d/e", "d", "x", "y"):
+            with suppress(OSError):
+                (directory / name).unlink()
+        with suppress(OSError):
+            (directory / "x").rename(outside.parent / "open" / "x")
+        with suppress(OSError):
+            (outside.parent / "open" / "x").rename(directory / "d")
+
+
+@pytest.fixture
+def swapper(output: Path, tmp_path: Path) -> Iterator[Path]:
+    """Yield a directory outside, full of secrets, that the swapper points links at."""
+    outside = tmp_path / "outside"
+    for path in (outside / "e", tmp_path / "open"):
+        path.mkdir(parents=True)
+    (tmp_path / "open").chmod(0o1777)
+    (tmp_path / "open" / "kept").write_text("")
+    for path in ("f", "e/f"):
+        (outside / path).write_text("secret")
+    for parent in tmp_path.parents:
+        if stat.S_IMODE(parent.stat().st_mode) & 0o001 == 0:
+            parent.chmod(0o711)
+    tmp_path.chmod(0o711)
+    process = multiprocessing.get_context("fork").Process(
+        target=swap_for_ever, args=(output, outside)
+    )
+    process.start()
+    yield outside
+    process.kill()
+    process.join()
+
+
+@needs_root
+def test_nothing_outside_is_read_or_removed_while_a_user_swaps_links(
+    tmp_path: Path, output: Path, workspace: Workspace, swapper: Path
+) -> None:
+    deadline = time.monotonic() + 1.5
+    contents = set()
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            for file in workspace.walk_outputs(AUTHOR):
+                with open(file.open()) as stream:
+                    contents.add(stream.read())
+        workspace.clean()
+
+    assert contents <= {"", "mine"}
+    assert "mine" in contents
+    assert sorted(str(p.relative_to(swapper)) for p in swapper.rglob("*")) == ["e", "e/f", "f"]
+    assert "kept" in names(tmp_path / "open")
+
+
+def test_writable_directories_are_made_and_keep_a_sticky_bit(
+    tmp_path: Path, log: RecordingLog
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o1755)
+    (tmp_path / "plain").mkdir(mode=0o700)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("plain")
+    paths = [tmp_path / name for name in ("file", "new/deep", "tmp", "link")]
+
+    ensure_writable_directories(paths, log)
+
+    assert {name: mode(tmp_path / name) for name in ("new", "new/deep", "tmp", "plain")} == {
+        "new": "0o755",
+        "new/deep": "0o777",
+        "tmp": "0o1777",
+        "plain": "0o777",
+    }
+    assert len(log.lines) == 1
+
+
+@needs_root
+def test_writable_directory_is_not_reached_through_the_link_of_a_user(
+    tmp_path: Path, log: RecordingLog
+) -> None:
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("private")
+    os.chown(tmp_path / "link", UNPRIVILEGED_UID, UNPRIVILEGED_UID, follow_symlinks=False)
+
+    ensure_writable_directories([tmp_path / "link"], log)
+
+    assert mode(tmp_path / "private") == "0o700"
+    assert len(log.lines) == 1
