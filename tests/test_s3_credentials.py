@@ -839,6 +839,24 @@ def test_fails_when_expired_credentials_cannot_be_renewed() -> None:
     assert 3 == clock.loads
 
 
+def test_asks_at_once_when_credentials_expire_in_that_minute() -> None:
+    clock = Clockwork()
+    clock.get_after(0)
+    clock.fails = True
+    assert "KEY1" == clock.get_after(59.5)
+    clock.fails = False
+    assert "KEY3" == clock.get_after(60.1)
+
+
+def test_asks_at_once_when_credentials_are_rejected_in_that_minute() -> None:
+    clock = Clockwork()
+    clock.get_after(0)
+    clock.fails = True
+    clock.get_after(50)
+    clock.fails = False
+    assert "KEY3" == clock.provider.refresh(clock.provider.get()).access_key
+
+
 def test_fails_when_renewed_credentials_have_expired_already() -> None:
     clock = Clockwork()
     clock.get_after(0)

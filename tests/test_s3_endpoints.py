@@ -420,11 +420,20 @@ def test_another_region_of_a_custom_endpoint_changes_the_signature_alone() -> No
     assert (before.host, before.base_path) == (after.host, after.base_path)
 
 
-def test_addresses_never_take_a_bucket_into_their_name() -> None:
-    configuration = EndpointConfiguration(
-        endpoint_url="http://127.0.0.1:9000", addressing_style="virtual"
-    )
-    assert "127.0.0.1:9000" == resolve(configuration, "my.bucket").host
+@pytest.mark.parametrize(
+    ("url", "bucket", "host"),
+    [
+        ("http://minio", "my.bucket", "my.bucket.minio"),
+        ("https://minio", "my.bucket", "minio"),
+        ("http://minio", "1.2.3.4", "minio"),
+        ("http://127.0.0.1:9000", "my.bucket", "127.0.0.1:9000"),
+        ("http://127.0.0.1:9000", "bucket", "127.0.0.1:9000"),
+        ("http://[::1]", "bucket", "[::1]"),
+    ],
+)
+def test_puts_into_a_host_name_only_what_makes_one(url: str, bucket: str, host: str) -> None:
+    configuration = EndpointConfiguration(endpoint_url=url, addressing_style="virtual")
+    assert host == resolve(configuration, bucket).host
 
 
 PROFILE_TESTS = "functional/configured_endpoint_urls/profile-tests.json"

@@ -50,7 +50,7 @@ class SignedRequest:
 
 def encode_key(key: str) -> str:
     """Percent-encode a key once, as S3 expects it in the path."""
-    return quote(key, safe="/~")
+    return quote(key, safe="/")
 
 
 def canonical_query_string(query: Iterable[tuple[str, str]]) -> str:
