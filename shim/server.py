@@ -84,7 +84,7 @@ class Application(Protocol):
 class Limits:
     """What clients may take. Seconds are totals, however the bytes are dealt out."""
 
-    connections: int = 64
+    connections: int = 256
     head_bytes: int = 64 * 1024
     body_bytes: int = 6 * 1024 * 1024
     # After an answer to a request that was not read to its end.
@@ -418,7 +418,7 @@ class Server(ThreadingMixIn, TCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 256
 
     def __init__(
         self, address: tuple[str, int], *, application: Application, log: Log, limits: Limits

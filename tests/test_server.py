@@ -605,7 +605,7 @@ def test_deeply_nested_body_does_not_exhaust_the_small_stack(service: Service) -
 
 
 def test_silent_clients_give_their_places_to_new_ones(serve: Serve) -> None:
-    service = serve(connections=4)
+    service = serve(connections=4, hurry_seconds=0.5)
     service.application.gate.clear()
     with ExitStack() as stack:
         invoking = stack.enter_context(service.connect())
@@ -619,12 +619,11 @@ def test_silent_clients_give_their_places_to_new_ones(serve: Serve) -> None:
 
 
 def test_accepting_thread_answers_when_all_threads_are_taken(serve: Serve) -> None:
-    service = serve(connections=1)
+    service = serve(connections=1, hurry_seconds=0.5)
     service.application.gate.clear()
-    with service.connect() as invoking, service.connect() as silent:
+    with service.connect() as invoking:
         invoking.sendall(post())
         poll(lambda: service.application.bodies)
-        assert receive_all(silent) == b""
         assert service.ask(PING).fields["connection"] == "close"
         response = service.ask(post())
         assert (response.status, response.detail) == (503, "Another task is running")
@@ -633,10 +632,21 @@ def test_accepting_thread_answers_when_all_threads_are_taken(serve: Serve) -> No
         assert receive(invoking).status == 200
 
 
+def test_accepting_thread_has_no_patience(serve: Serve) -> None:
+    service = serve(connections=1, hurry_seconds=0.05)
+    service.application.gate.clear()
+    with service.connect() as invoking, service.connect() as silent:
+        invoking.sendall(post())
+        poll(lambda: service.application.bodies)
+        began = time.monotonic()
+        assert receive_all(silent) == b""
+        assert time.monotonic() - began < 5
+
+
 def test_accepting_thread_answers_when_no_thread_can_start(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = serve()
+    service = serve(hurry_seconds=0.5)
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -661,6 +671,14 @@ def test_client_that_goes_away_changes_nothing(service: Service) -> None:
 
     assert service.application.finished == 1
     assert service.ask(PING).status == 200
+
+
+def test_client_that_does_not_read_is_given_up(serve: Serve) -> None:
+    service = serve(answer_seconds=0.1)
+    service.application.outcome = bytes(32 * 1024 * 1024)
+    with service.connect() as connection:
+        connection.sendall(post())
+        poll(lambda: service.application.answers)
 
 
 def test_application_is_told_once_it_is_answered(service: Service) -> None:
