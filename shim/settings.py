@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PREFIX = "GRAND_CHALLENGE_COMPONENT_"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_PLATFORM_DIRECTORIES = "/opt/ml/output/data:/opt/ml/model:/opt/ml/input/data/ground_truth"
 
 # Large enough for any wish, small enough for the types on the way: C's int, time_t and rlim_t.
 _MAX_INTEGER = 2**31 - 1
@@ -199,13 +200,13 @@ class Settings:
     )
     writable_directories: tuple[Path, ...] = _component(
         "WRITABLE_DIRECTORIES",
-        "/opt/ml/output/data:/opt/ml/model:/opt/ml/input/data/ground_truth:/opt/ml/checkpoints:/tmp",
+        f"{_PLATFORM_DIRECTORIES}:/opt/ml/checkpoints:/tmp",
         _lists(_PATH),
         "made where missing, and writable for everybody",
     )
     post_clean_directories: tuple[Path, ...] = _component(
         "POST_CLEAN_DIRECTORIES",
-        "/opt/ml/output/data:/opt/ml/model:/opt/ml/input/data/ground_truth",
+        _PLATFORM_DIRECTORIES,
         _lists(_EMPTIED_PATH),
         "emptied at the end",
     )

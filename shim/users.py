@@ -22,6 +22,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*\$?")
 _NUMBER = re.compile(r"0*([0-9]{1,10})")
 # (uid_t) -1 means "leave it as it is" to the kernel.
 _MAX_ID = 2**32 - 2
+_FIELDS = 7
 # A line of /etc/group holds all the members of one group.
 _MAX_LINE_BYTES = 1024 * 1024
 
@@ -49,42 +50,42 @@ def resolve_user(user: str, *, passwd: Path = PASSWD, group: Path = GROUP) -> Us
     if not user_name and not group_name:
         raise UserSafeError(_INVALID)
     found = _find_user(user_name, passwd) if user_name else User()
-    explicit_gid, groups = _find_groups(group_name, member=found.name, group=group)
+    explicit_gid, memberships = _find_groups(group_name, member=found.name, group=group)
     gid = found.gid if explicit_gid is None else explicit_gid
-    if found.gid is not None:
-        groups.add(found.gid)
-    return replace(found, gid=gid, groups=tuple(sorted(groups, key=lambda id: (id != gid, id))))
+    assert gid is not None  # one of the two parts said it
+    if found.name is not None and found.gid is not None:
+        memberships.add(found.gid)
+    return replace(found, gid=gid, groups=(gid, *sorted(memberships - {gid})))
 
 
 def _find_user(wanted: str, passwd: Path) -> User:
+    """Return the first user of that name or id; an unknown id is root's group's, as in Docker."""
     wanted_uid = _parse_wanted_id(wanted)
-    for name, _, *others in _read_entries(passwd):
-        uid, gid = (_parse_id(text) for text in (*others, "", "")[:2])
+    for name, _, uid_text, gid_text, _, home, *_ in _read_entries(passwd):
+        uid, gid = _parse_id(uid_text), _parse_id(gid_text)
         if uid is None or gid is None:
             continue
         if name == wanted if wanted_uid is None else uid == wanted_uid:
-            return User(uid=uid, gid=gid, home="".join(others[3:4]) or "/", name=name)
+            return User(uid=uid, gid=gid, home=home or "/", name=name)
     if wanted_uid is None:
         raise UserSafeError(_NO_USER if _NAME.fullmatch(wanted) else _INVALID)
     return User(uid=wanted_uid, gid=0, home="/")
 
 
 def _find_groups(wanted: str, *, member: str | None, group: Path) -> tuple[int | None, set[int]]:
-    """Return the id of the group that USER names, if any, and it with those of the member."""
+    """Return the id of the wanted group, None when none is, and those the member belongs to."""
     wanted_gid = _parse_wanted_id(wanted)
     memberships = set()
-    for name, _, *others in _read_entries(group):
-        gid = _parse_id("".join(others[:1]))
+    for name, _, gid_text, members, *_ in _read_entries(group):
+        gid = _parse_id(gid_text)
         if gid is None:
             continue
         if name == wanted and wanted_gid is None:
             wanted_gid = gid
-        if member is not None and member in "".join(others[1:2]).split(","):
+        if member in members.split(","):
             memberships.add(gid)
     if wanted and wanted_gid is None:
         raise UserSafeError(_NO_GROUP if _NAME.fullmatch(wanted) else _INVALID)
-    if wanted_gid is not None:
-        memberships.add(wanted_gid)
     return wanted_gid, memberships
 
 
@@ -103,20 +104,29 @@ def _parse_id(text: str) -> int | None:
 
 
 def _read_entries(path: Path) -> Iterator[list[str]]:
-    """Yield the fields of each line that has a name; no file, or no regular one, has no lines."""
+    """Yield the fields of each line that has a name, with empty ones for those that it lacks.
+
+    A file that is missing, unreadable or special has no lines; one without end is no line.
+    """
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return
-            is_new = True
+            is_start = True
             while line := file.readline(_MAX_LINE_BYTES):
-                is_whole = is_new and (line.endswith(b"\n") or len(line) < _MAX_LINE_BYTES)
-                is_new = line.endswith(b"\n")
-                fields = os.fsdecode(line.strip()).split(":")
-                if is_whole and len(fields) > 2 and fields[0] and b"\0" not in line:
-                    yield fields
+                is_end = line.endswith(b"\n")
+                if is_start and (is_end or len(line) < _MAX_LINE_BYTES) and b"\0" not in line:
+                    fields = os.fsdecode(line.strip()).split(":")
+                    if fields[0]:
+                        yield fields + [""] * _FIELDS
+                is_start = is_end
     except OSError:
         return
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # Without O_NONBLOCK, a FIFO would wait for a writer.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def may_read(status: os.stat_result, user: User) -> bool:
