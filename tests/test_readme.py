@@ -1,0 +1,71 @@
+"""What the README says in tables is what the code does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from shim.cli import build_parser
+from shim.logs import encode_lines
+from shim.settings import PREFIX, VARIABLES
+from shim.tasks import InferenceResult, parse_tasks
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, without its head."""
+    text = re.split(rf"^#+ {re.escape(heading)}$", README, flags=re.MULTILINE)[1]
+    lines = re.search(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert lines
+    rows = [line.strip("|").split("|") for line in lines[0].splitlines()[2:]]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def words(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def variable_rows() -> list[list[str]]:
+    return [
+        [
+            f"`{variable.name.replace(PREFIX, 'P_')}`",
+            "unset" if variable.default is None else f"`{variable.default}`",
+            f"{variable.meaning}; {variable.form.accepted}",
+        ]
+        for variable in VARIABLES.values()
+    ]
+
+
+def test_every_variable_is_listed_with_its_default_and_form() -> None:
+    expected = [[cell.replace("``", "empty") for cell in row] for row in variable_rows()]
+    assert expected == table("Variables")
+
+
+def test_every_command_is_listed() -> None:
+    listed = {words(row[0])[0].split()[0] for row in table("Commands")}
+    actions = [action for action in build_parser()._actions if action.choices]
+    assert listed == set(actions[0].choices or ())
+
+
+def test_the_members_of_the_result_are_listed_in_order() -> None:
+    listed = [word for row in table("The result") for word in words(row[0])]
+    assert [field.name for field in dataclasses.fields(InferenceResult)] == listed
+
+
+def test_the_members_of_a_log_line_are_listed_in_order() -> None:
+    line = encode_lines("x", level="INFO", source="stdout", internal=True, task=None)
+    listed = [word for row in table("Log lines") for word in words(row[0])]
+    assert re.findall(r'"(\w+)":', line.decode()) == listed
+
+
+def test_the_example_task_list_is_valid() -> None:
+    example = re.search(r"```json\n(\[.*?\])\n```", README, flags=re.DOTALL)
+    assert example
+    (task,) = parse_tasks(example[1].encode())
+    assert ("case-1", 1800) == (task.pk, task.timeout.total_seconds() if task.timeout else 0)
+
+
+def test_every_exit_code_is_listed() -> None:
+    assert ["0", "1", "2", "128+n"] == [row[0] for row in table("Exit codes")]
