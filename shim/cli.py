@@ -19,8 +19,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from shim import __version__
+from shim.command import child_environment
 from shim.durations import format_duration
-from shim.errors import InvalidSettings, InvalidTasks, TaskStopped, UsageError
+from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
 from shim.logs import Log
 from shim.modes import ExecMode, InvokeMode
 from shim.process import run_helper
@@ -212,12 +213,17 @@ class Job:
 
 def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run a list of tasks up to the first that fails."""
-    if arguments.tasks and arguments.file:
+    text, file = arguments.tasks, arguments.file
+    if text and file:
         raise UsageError("Only one of tasks or file should be set")
-    if not arguments.tasks and not arguments.file:
+    if not text and not file:
         raise UsageError("One of tasks or file should be set")
+    is_remote = bool(file) and file.startswith(("s3://", "https://"))
+    # What can be refused at once is refused before anything is written or contacted.
+    tasks = None if is_remote else _parse(_read_local(text, file))
     job = Job(environ=environ, stop=stop, title="Invoking the model")
-    tasks = read_tasks(arguments.tasks, arguments.file, job.store)
+    if tasks is None:
+        tasks = _parse(_read_remote(file, job.store))
     with job.ready() as is_ready:
         if is_ready and job.runner.run_tasks(tasks):
             job.log.info("Model invocation complete")
@@ -294,46 +300,49 @@ def _scratch() -> Iterator[Path | None]:
         yield Path(directory)
 
 
-def read_tasks(text: str | None, file: str | None, store: Store) -> tuple[InferenceTask, ...]:
-    """Read the task list from where the command line says it is.
-
-    Raises UsageError when it cannot be read, InvalidTasks when it is not valid.
-    """
+def _read_local(text: str | None, file: str) -> dict[str, bytes]:
+    """Return the task list given on the command line, on standard input or in a local file."""
+    if text:
+        return {"": os.fsencode(text)}
     try:
-        if text:
-            tasks = parse_tasks(text.encode(errors="surrogateescape"))
-        elif file and file.startswith(("s3://", "https://")) and file.endswith("/"):
-            location = parse_s3_uri(file)
-            tasks = parse_task_files(
-                {
-                    summary.key: store.get(
-                        location.bucket, summary.key, max_bytes=TASKS_LIMIT_BYTES
-                    )
-                    for summary in store.list(location.bucket, location.key)
-                    if summary.key.endswith(".json")
-                }
-            )
-        else:
-            tasks = parse_tasks(_read_file(file or "", store))
-    except InvalidTasks as error:
+        with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
+            body = stream.read(TASKS_LIMIT_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(error) from error
+    if len(body) > TASKS_LIMIT_BYTES:
+        raise UsageError(f"The task list has more than {TASKS_LIMIT_BYTES} bytes")
+    return {"": body}
+
+
+def _read_remote(file: str, store: Store) -> dict[str, bytes]:
+    """Return the task list, or every `*.json` below a prefix by its key."""
+    try:
+        location = parse_s3_uri(file)
+        bucket, key = location.bucket, location.key
+        if key and not key.endswith("/"):
+            return {"": store.get(bucket, key, max_bytes=TASKS_LIMIT_BYTES)}
+        return {
+            summary.key: store.get(bucket, summary.key, max_bytes=TASKS_LIMIT_BYTES)
+            for summary in store.list(bucket, key)
+            if summary.key.endswith(".json")
+        }
+    except (ValueError, S3ClientError) as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> UsageError:
+    return UsageError(f"The value provided for file is invalid:\n\n{error}")
+
+
+def _parse(bodies: Mapping[str, bytes]) -> tuple[InferenceTask, ...]:
+    """Parse one list, or several as one."""
+    try:
+        tasks = parse_tasks(bodies[""]) if "" in bodies else parse_task_files(bodies)
+    except InvalidFields as error:
         raise UsageError(f"The tasks definition is invalid:\n\n{error}") from error
     if not tasks:
         raise UsageError("Empty task list provided")
     return tasks
-
-
-def _read_file(file: str, store: Store) -> bytes:
-    try:
-        if file.startswith(("s3://", "https://")):
-            location = parse_s3_uri(file)
-            return store.get(location.bucket, location.key, max_bytes=TASKS_LIMIT_BYTES)
-        with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
-            body = stream.read(TASKS_LIMIT_BYTES + 1)
-    except (ValueError, OSError, S3ClientError) as error:
-        raise UsageError(f"The value provided for file is invalid:\n\n{error}") from error
-    if len(body) > TASKS_LIMIT_BYTES:
-        raise UsageError(f"The task list has more than {TASKS_LIMIT_BYTES} bytes")
-    return body
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -341,13 +350,19 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     try:
         return Settings.from_environ(environ)
     except InvalidSettings:
-        needed = {name: environ[name] for name in RESULT_VARIABLES if name in environ}
         with suppress(InvalidSettings, S3ClientError):
-            settings = Settings.from_environ(needed)
-            log = Log(level=settings.log_level)
-            result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
-            leave_setup_result(settings, connect_store(settings, environ, log), result, log)
+            _leave_refusal(environ)
         raise
+
+
+def _leave_refusal(environ: Mapping[str, str]) -> None:
+    """Leave a result with the variables that this takes, if they are valid by themselves."""
+    needed = {name: environ[name] for name in RESULT_VARIABLES if name in environ}
+    settings = Settings.from_environ(needed)
+    if settings.runtime_output_bucket_name is not None:
+        log = Log(level=settings.log_level)
+        result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
+        leave_setup_result(settings, connect_store(settings, environ, log), result, log)
 
 
 def connect_store(settings: Settings, environ: Mapping[str, str], log: Log) -> Store:
@@ -358,7 +373,9 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log) -> S
         max_connections=settings.boto_max_pool_connections,
         log=lambda level, message: log.lines([message], level=level, internal=True, task=None),
         run_helper=lambda argv, timeout_seconds: run_helper(
-            argv, env=environ, timeout=timedelta(seconds=timeout_seconds)
+            argv,
+            env=child_environment(environ, home=None),
+            timeout=timedelta(seconds=timeout_seconds),
         ),
     )
 

@@ -351,7 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = Answer(status=200, body=self.server.application.invoke(body))
         except Exception as error:
             answer = _answer_to(error)
-            if answer.status == 500:
+            if answer.status == 500 and not isinstance(error, ShimError):  # those are told already
                 self.server.log.exception("An invocation failed unexpectedly", error)
         try:
             self._answer(answer)
