@@ -90,7 +90,7 @@ def boolean(value: object) -> bool:
             return True
         if word in _FALSE:
             return False
-        if not isinstance(word, float):
+        if not isinstance(word, float) or word.is_integer():
             message = "Input should be a valid boolean, unable to interpret input"
             raise refusal(value, message, type="bool_parsing")
     raise refusal(value, "Input should be a valid boolean", type="bool_type")
