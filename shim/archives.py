@@ -39,7 +39,7 @@ ZIP_PATHS_MESSAGE = "Zip file contains invalid paths"
 ZIP_METHOD_MESSAGE = "Zip file contains an unsupported compression method"
 ZIP_SIZE_MESSAGE = "Contents of zip file too large"
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 # zipfile inflates a block of these methods in one go, up to 20,000 times its size.
 SMALL_BLOCK_BYTES = 1 << 12
 # Room for the extended attributes and the sparse map of one member; tarfile holds them in memory.
@@ -261,8 +261,7 @@ def _extract_member(
             _make_symlink(member.linkname, parents, directory, name)
             os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
         elif member.islnk():
-            if _inside(member.linkname) != names:
-                _make_link(member.linkname, root, directory, name)
+            _make_link(member.linkname, root, directory, name)
         else:
             with _create(directory, name, mode=_mode(member)) as file:
                 os.fchown(file.fileno(), *owner)

@@ -647,6 +647,35 @@ def test_output_that_changed_since_the_walk_is_not_found(
         file.open()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_by_link,
+        replace_by_fifo,
+        pytest.param(replace_by_root_owned_file, marks=needs_root),
+    ],
+)
+def test_output_that_changes_just_when_it_is_opened_is_not_found(
+    output: Path,
+    workspace: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+) -> None:
+    (output / "f").write_text("x")
+    [file] = workspace.walk_outputs(AUTHOR)
+    real_stat = os.stat
+
+    def stat_then_change(*arguments: Any, **named: Any) -> os.stat_result:
+        monkeypatch.undo()
+        status = real_stat(*arguments, **named)
+        change(output)
+        return status
+
+    monkeypatch.setattr(os, "stat", stat_then_change)
+    with pytest.raises(FileNotFoundError):
+        file.open()
+
+
 def test_walk_of_a_missing_output_directory_finds_nothing(
     tmp_path: Path, workspace: Workspace, log: RecordingLog
 ) -> None:
