@@ -27,85 +27,22 @@ _MAX_SECONDS = 365 * 24 * 60 * 60
 _MAX_MEMORY_MB = 2**42
 
 
-def _parse_text(text: str) -> str:
-    text.encode()
-    return text
-
-
-def _parse_flag(text: str) -> bool:
-    return text.lower() == "true"
-
-
-def _parse_command(text: str) -> str | tuple[str, ...] | None:
-    value = decode_json(binascii.a2b_base64("".join(text.split()), strict_mode=True))
-    if value is None:
-        return None
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError
-    if "\0" in "".join(words).encode().decode():
-        raise ValueError
-    return value if isinstance(value, str) else tuple(words)
-
-
-def _parse_path(text: str) -> Path:
-    if not _parse_text(text).startswith("/") or "\0" in text:
-        raise ValueError
-    return Path(text)
-
-
-def _parse_emptied_path(text: str) -> Path:
-    if os.path.normpath(text) in ("/", "//"):
-        raise ValueError
-    return _parse_path(text)
-
-
-def _parse_archive(text: str) -> S3Location:
-    location = parse_s3_uri(_parse_text(text))
-    if not location.key or location.key.endswith("/"):
-        raise ValueError
-    return location
-
-
-def _parse_bucket_name(text: str) -> str:
-    if not is_bucket_name(text):
-        raise ValueError
-    return text
-
-
-def _parse_prefix(text: str) -> str:
-    if not _parse_text(text):
-        raise ValueError
-    return text
-
-
-def _parse_method(text: str) -> str:
-    if text.lower() not in ("exec", "invoke"):
-        raise ValueError
-    return text.lower()
-
-
-def _parse_url(text: str) -> str | None:
-    # No more than the scheme: what follows it is for the S3 client to read.
-    if text and not _parse_text(text).startswith(("http://", "https://", "file:///")):
-        raise ValueError
-    return text or None
-
-
-def _parse_level(text: str) -> str:
-    return text.upper() if text.upper() in LOG_LEVELS else "INFO"
-
-
-def _parse_seconds(text: str) -> timedelta:
-    return timedelta(seconds=_integers(0, _MAX_SECONDS).parse(text))
-
-
 @dataclass(frozen=True, slots=True)
 class Form:
     """How a variable's text is read: `parse` raises ValueError unless it is `accepted`."""
 
     parse: Callable[[str], Any]
     accepted: str
+
+
+def _texts(accepted: str, is_accepted: Callable[[str], object]) -> Form:
+    def parse(text: str) -> str:
+        text.encode()
+        if not is_accepted(text):
+            raise ValueError
+        return text
+
+    return Form(parse, accepted)
 
 
 def _integers(minimum: int, maximum: int) -> Form:
@@ -117,6 +54,11 @@ def _integers(minimum: int, maximum: int) -> Form:
     return Form(parse, f"a whole number from {minimum} to {maximum}")
 
 
+def _paths(accepted: str, is_accepted: Callable[[str], object]) -> Form:
+    form = _texts(accepted, is_accepted)
+    return Form(lambda text: Path(form.parse(text)), accepted)
+
+
 def _lists(form: Form) -> Form:
     return Form(
         lambda text: tuple(form.parse(part) for part in text.split(":") if part),
@@ -124,18 +66,59 @@ def _lists(form: Form) -> Form:
     )
 
 
-_TEXT = Form(_parse_text, "text in UTF-8")
-_FLAG = Form(_parse_flag, "True or anything else")
+def _parse_command(text: str) -> str | tuple[str, ...] | None:
+    value = decode_json(binascii.a2b_base64("".join(text.split()), strict_mode=True))
+    if value is None:
+        return None
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError
+    if "\0" in _TEXT.parse("".join(words)):
+        raise ValueError
+    return value if isinstance(value, str) else tuple(words)
+
+
+def _parse_archive(text: str) -> S3Location:
+    location = parse_s3_uri(_TEXT.parse(text))
+    if not location.key or location.key.endswith("/"):
+        raise ValueError
+    return location
+
+
+def _parse_method(text: str) -> str:
+    if text.lower() not in ("exec", "invoke"):
+        raise ValueError
+    return text.lower()
+
+
+def _parse_level(text: str) -> str:
+    return text.upper() if text.upper() in LOG_LEVELS else "INFO"
+
+
+def _parse_seconds(text: str) -> timedelta:
+    return timedelta(seconds=_integers(0, _MAX_SECONDS).parse(text))
+
+
+_TEXT = _texts("text in UTF-8", lambda text: True)
+_FLAG = Form(lambda text: text.lower() == "true", "True or anything else")
 _COMMAND = Form(_parse_command, "base64 of JSON: null, a string or a list of strings")
-_PATH = Form(_parse_path, "an absolute path")
-_EMPTIED_PATH = Form(_parse_emptied_path, "an absolute path other than /")
+_PATH = _paths("an absolute path", os.path.isabs)
+# What is emptied is no place to mistake for another: not the root under any of its names.
+_EMPTIED_PATH = _paths(
+    "an absolute path other than /",
+    lambda text: os.path.isabs(text) and os.path.normpath(text).strip("/"),
+)
 _ARCHIVE = Form(_parse_archive, "s3://bucket/key or https://bucket/key")
-_BUCKET_NAME = Form(_parse_bucket_name, "the name of a bucket or the ARN of an access point")
-_OUTPUT_PREFIX = Form(_parse_prefix, "a prefix that is not blank")
+_BUCKET_NAME = _texts("the name of a bucket or the ARN of an access point", is_bucket_name)
+_OUTPUT_PREFIX = _texts("a prefix that is not blank", bool)
 _HEX = Form(bytes.fromhex, "pairs of hexadecimal digits")
 _METHOD = Form(_parse_method, "exec or invoke")
 _SECONDS = Form(_parse_seconds, f"a whole number of seconds from 0 to {_MAX_SECONDS}")
-_URL = Form(_parse_url, "http://host, https://host or file:///directory")
+# No more than the scheme, or nothing: what follows it is for the S3 client to read.
+_URL = _texts(
+    "http://host, https://host or file:///directory",
+    lambda text: not text or text.startswith(("http://", "https://", "file:///")),
+)
 _LEVEL = Form(_parse_level, f"one of {', '.join(LOG_LEVELS)}")
 
 
@@ -150,107 +133,112 @@ class Variable:
 
 
 def _variable(
-    name: str, default: str | None, form: Form, meaning: str, *, repr: bool = True
+    name: str,
+    default: str | None,
+    form: Form,
+    meaning: str,
+    *,
+    prefix: str = PREFIX,
+    repr: bool = True,
 ) -> Any:
-    return field(metadata={"variable": Variable(name, default, form, meaning)}, repr=repr)
-
-
-def _component(
-    name: str, default: str | None, form: Form, meaning: str, *, repr: bool = True
-) -> Any:
-    return _variable(PREFIX + name, default, form, meaning, repr=repr)
+    variable = Variable(f"{prefix}{name}", default, form, meaning)
+    return field(metadata={"variable": variable}, repr=repr)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """What the platform and the packager of the image decided."""
 
-    cmd: str | tuple[str, ...] | None = _component("CMD_B64J", None, _COMMAND, "the image's CMD")
-    entrypoint: str | tuple[str, ...] | None = _component(
+    cmd: str | tuple[str, ...] | None = _variable("CMD_B64J", None, _COMMAND, "the image's CMD")
+    entrypoint: str | tuple[str, ...] | None = _variable(
         "ENTRYPOINT_B64J", None, _COMMAND, "the image's ENTRYPOINT"
     )
-    user: str = _component("USER", "", _TEXT, "the image's USER: `user`, `user:group`, `:group`")
-    set_extra_groups: bool = _component(
+    user: str = _variable("USER", "", _TEXT, "the image's USER: `user`, `user:group`, `:group`")
+    set_extra_groups: bool = _variable(
         "SET_EXTRA_GROUPS", "True", _FLAG, "`True` gives the process the user's other groups too"
     )
-    input_path: Path = _component(
+    input_path: Path = _variable(
         "INPUT_PATH", "/input", _EMPTIED_PATH, "where the process reads its inputs"
     )
-    output_path: Path = _component(
+    output_path: Path = _variable(
         "OUTPUT_PATH", "/output", _EMPTIED_PATH, "where the process writes its outputs"
     )
-    use_linked_input: bool = _component(
+    use_linked_input: bool = _variable(
         "USE_LINKED_INPUT", "True", _FLAG, "`True` makes the input path a link to another directory"
     )
-    linked_input_parent: Path = _component(
+    linked_input_parent: Path = _variable(
         "LINKED_INPUT_PARENT", "/opt/ml/input/data/", _PATH, "where that one lies, as `{pk}-input`"
     )
-    model: S3Location | None = _component(
+    model: S3Location | None = _variable(
         "MODEL", None, _ARCHIVE, "a tar (plain, gz, bz2, xz) unpacked before the first task"
     )
-    model_dest: Path = _component(
+    model_dest: Path = _variable(
         "MODEL_DEST", "/opt/ml/model/", _PATH, "where the model is unpacked"
     )
-    ground_truth: S3Location | None = _component("GROUND_TRUTH", None, _ARCHIVE, "another such tar")
-    ground_truth_dest: Path = _component(
+    ground_truth: S3Location | None = _variable("GROUND_TRUTH", None, _ARCHIVE, "another such tar")
+    ground_truth_dest: Path = _variable(
         "GROUND_TRUTH_DEST",
         "/opt/ml/input/data/ground_truth/",
         _PATH,
         "where the ground truth is unpacked",
     )
-    writable_directories: tuple[Path, ...] = _component(
+    writable_directories: tuple[Path, ...] = _variable(
         "WRITABLE_DIRECTORIES",
         f"{_PLATFORM_DIRECTORIES}:/opt/ml/checkpoints:/tmp",
         _lists(_PATH),
         "made where missing, and writable for everybody",
     )
-    post_clean_directories: tuple[Path, ...] = _component(
+    post_clean_directories: tuple[Path, ...] = _variable(
         "POST_CLEAN_DIRECTORIES",
         _PLATFORM_DIRECTORIES,
         _lists(_EMPTIED_PATH),
         "emptied at the end",
     )
-    signing_key: bytes = _component(
+    signing_key: bytes = _variable(
         "SIGNING_KEY_HEX", "", _HEX, "the key of the results' HMAC-SHA256", repr=False
     )
-    runtime_output_bucket_name: str | None = _component(
+    runtime_output_bucket_name: str | None = _variable(
         "RUNTIME_OUTPUT_BUCKET_NAME", None, _BUCKET_NAME, "the bucket of the set-up's result"
     )
-    runtime_output_prefix: str | None = _component(
+    runtime_output_prefix: str | None = _variable(
         "RUNTIME_OUTPUT_PREFIX", None, _OUTPUT_PREFIX, "the prefix of the set-up's result"
     )
-    max_memory_mb: int = _component(
+    max_memory_mb: int = _variable(
         "MAX_MEMORY_MB", "0", _integers(0, _MAX_MEMORY_MB), "RLIMIT_DATA in MiB; 0 sets no limit"
     )
-    async_concurrency: int = _component(
+    async_concurrency: int = _variable(
         "ASYNC_CONCURRENCY", "50", _integers(1, _MAX_INTEGER), "most requests to S3 at a time"
     )
-    boto_max_pool_connections: int = _component(
+    boto_max_pool_connections: int = _variable(
         "BOTO_MAX_POOL_CONNECTIONS",
         "120",
         _integers(1, _MAX_INTEGER),
         "most pooled connections",
     )
-    api_method: str = _component(
+    api_method: str = _variable(
         "API_METHOD", "exec", _METHOD, "start the command for each task, or call its server"
     )
-    start_and_health_timeout: timedelta = _component(
+    start_and_health_timeout: timedelta = _variable(
         "START_AND_HEALTH_TIMEOUT_SECONDS", "300", _SECONDS, "for the server to become healthy"
     )
-    health_check_call_timeout: timedelta = _component(
+    health_check_call_timeout: timedelta = _variable(
         "HEALTH_CHECK_CALL_TIMEOUT_SECONDS", "10", _SECONDS, "for one answer about its health"
     )
-    user_webserver_port: int = _component(
+    user_webserver_port: int = _variable(
         "USER_WEBSERVER_PORT", "4743", _integers(1, 65535), "where the server listens"
     )
-    sigterm_grace: timedelta = _component(
+    sigterm_grace: timedelta = _variable(
         "SIGTERM_GRACE_SECONDS", "5", _SECONDS, "from SIGTERM to SIGKILL"
     )
-    endpoint_url: str | None = _variable(
-        "AWS_S3_ENDPOINT_URL", None, _URL, "the endpoint of S3, or a directory in its place"
+    endpoint_url: str = _variable(
+        "AWS_S3_ENDPOINT_URL",
+        "",
+        _URL,
+        "the endpoint of S3, or a directory in its place",
+        prefix="",
     )
     log_level: str = _variable(
-        "LOG_LEVEL", "INFO", _LEVEL, "the least level of the shim's own lines"
+        "LOG_LEVEL", "INFO", _LEVEL, "the least level of the shim's own lines", prefix=""
     )
     warnings: tuple[str, ...] = ()
 

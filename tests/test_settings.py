@@ -58,7 +58,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         health_check_call_timeout=timedelta(seconds=10),
         user_webserver_port=4743,
         sigterm_grace=timedelta(seconds=5),
-        endpoint_url=None,
+        endpoint_url="",
         log_level="INFO",
         warnings=(),
     ) == Settings.from_environ({})
@@ -105,8 +105,8 @@ def test_reads_the_endpoint(url: str) -> None:
     assert url == Settings.from_environ({"AWS_S3_ENDPOINT_URL": url}).endpoint_url
 
 
-def test_an_empty_endpoint_is_none() -> None:
-    assert Settings.from_environ({"AWS_S3_ENDPOINT_URL": ""}).endpoint_url is None
+def test_an_empty_endpoint_counts_as_unset() -> None:
+    assert "" == Settings.from_environ({"AWS_S3_ENDPOINT_URL": ""}).endpoint_url
 
 
 COMMAND = "base64 of JSON: null, a string or a list of strings"

@@ -202,7 +202,7 @@ PARTS = NAMES | IDS.map(str)
 
 
 @settings(
-    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(entries=ENTRIES, group_entries=GROUPS, user=PARTS, group=st.just("") | PARTS)
 def test_agrees_with_the_rules_stated_over_parsed_files(
