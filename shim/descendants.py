@@ -7,6 +7,8 @@ Rule 2: orphans come to us, as PID 1 or as their subreaper. They are ours to rea
 Rule 3: nothing of a task survives it. A process is stopped when it is first seen and killed when
         it is seen again: its children, were they born in between, are still found below it.
 Rule 4: signals go to groups: a group that forks faster than we read /proc ends at one blow.
+Rule 5: who was not seen may have moved on, from parent to child, while we looked: then it has left
+        an orphan that ended, and we look again.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ _SCAN_SECONDS = 0.002
 
 _lock = threading.Lock()  # held from fork to registration, and to reap
 _own: set[int] = set()  # the pids that we started and have not collected
+_reaped = 0  # how many orphans we have collected
 _is_adopting = False
 
 
@@ -94,7 +97,7 @@ def signal_group(pid: int, signum: int) -> None:
 def end_descendants(session: int) -> int:
     """Kill what is left of a task; return how many processes that were.
 
-    Ends when two looks in a row find nobody, or after KILL_SECONDS.
+    Ends when two looks in a row find nobody and no sign of anybody, or after KILL_SECONDS.
 
     - session: the one that the task's first process led; others are found from there
     """
@@ -103,15 +106,32 @@ def end_descendants(session: int) -> int:
     deadline = time.monotonic() + KILL_SECONDS
     quiet_looks = 0
     while quiet_looks < 2 and time.monotonic() < deadline:
+        reaped_before = _reaped
+        _stop_orphans()
         living = _find_descendants(sessions)
         for target, signum in _choose_signals(living, seen):
             with suppress(OSError):
                 os.kill(target, signum)
         seen.update(process.pid for process in living)
         _reap()
-        quiet_looks = 0 if living else quiet_looks + 1
-        time.sleep(_SCAN_SECONDS if living else 0)
+        is_quiet = not living and _reaped == reaped_before
+        quiet_looks = quiet_looks + 1 if is_quiet else 0
+        if living:
+            time.sleep(_SCAN_SECONDS)
     return len(seen)
+
+
+def _stop_orphans() -> None:
+    """Stop who came to us, before a look at all of /proc takes longer than they live."""
+    with suppress(OSError):  # a kernel without this file
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+            pids = {int(pid) for pid in file.read().split()}
+        with _lock:  # after the look: who was forked before it is registered now
+            pids -= _own
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                if os.getsid(pid) != os.getsid(0):
+                    os.kill(pid, signal.SIGSTOP)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +174,7 @@ def _find_descendants(sessions: set[int]) -> list[_Stat]:
             is_orphan = process.ppid == us and process.session != our_session
             if is_orphan or process.session in sessions:
                 pending.append(process)
-    with _lock:  # after the look at /proc: who was forked before it is registered now
+    with _lock:  # after the look, as above
         own = set(_own)
     found: dict[int, _Stat] = {}
     pending = [process for process in pending if process.pid not in own]
@@ -187,6 +207,7 @@ def _reap_for_ever() -> None:
 
 def _reap() -> None:
     """Collect orphans that have ended (rules 1 and 2)."""
+    global _reaped
     with _lock, suppress(ChildProcessError, ProcessLookupError):
         while True:
             # The first zombie, whoever it is; one of our own is collected soon by its owner.
@@ -196,3 +217,4 @@ def _reap() -> None:
             if os.getsid(zombie.si_pid) == os.getsid(0):  # somebody else here started it
                 return
             os.waitpid(zombie.si_pid, 0)
+            _reaped += 1

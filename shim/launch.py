@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _OOM_SCORE_RAISE = 100  # of 1000: the child counts for a tenth of all memory more than the shim
 _DEV_NULL = os.makedev(1, 3)
+# Less than what the kernel adds to a new stack (fs/exec.c, setup_arg_pages), enough for arguments.
+_NO_ROOM_BYTES = 64 * 1024
 _MAX_FDS = 1 << 20  # fs.nr_open: no descriptor is higher unless an administrator raised it
 _SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
@@ -41,12 +43,15 @@ class ProcessSpec:
 
     - user: uid and gid None keep the shim's; else the supplementary groups become user.groups
     - memory_limit_bytes: RLIMIT_DATA of the child and of what it starts
+    - is_trial: no instruction of the command runs. The kernel accepts or refuses it as ever, but
+      has no room to load it and kills the child; long arguments have no room either
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False)
     user: User
     memory_limit_bytes: int | None = None
+    is_trial: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +136,7 @@ class _Command:
     candidates: list[bytes]  # the paths to try, in order
     user: User
     memory_limit_bytes: int | None
+    is_trial: bool
 
     @staticmethod
     def from_spec(spec: ProcessSpec) -> _Command:
@@ -148,6 +154,7 @@ class _Command:
                 candidates=[os.fsencode(path) for path in paths],
                 user=spec.user,
                 memory_limit_bytes=spec.memory_limit_bytes,
+                is_trial=spec.is_trial,
             )
         except UnicodeEncodeError:  # JSON can name half of a surrogate pair
             raise StartError(errno.EINVAL, "arguments", name) from None
@@ -175,6 +182,8 @@ class _Command:
             step = "memory limit"
             self._limit_memory()
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            if self.is_trial:
+                _leave_no_room()
             step = "exec"
             number, which = self._exec()
         except OSError as error:
@@ -221,6 +230,12 @@ class _Command:
         if int(which) < 0 and existing:
             path = existing[0]
         return StartError(int(number), step, os.fsdecode(path))
+
+
+def _leave_no_room() -> None:
+    """Let the next exec be decided, but never be completed, nor leave a core dump."""
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))  # core(5): also for those sent to a program
+    resource.setrlimit(resource.RLIMIT_AS, (_NO_ROOM_BYTES, _NO_ROOM_BYTES))
 
 
 def _raise_oom_score() -> None:

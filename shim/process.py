@@ -17,7 +17,7 @@ import os
 import select
 import signal
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +30,7 @@ from shim.users import User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from shim.stopping import Stop
 
@@ -105,9 +105,6 @@ class Process:
         self.stderr_fd = launched.stderr_fd
         self._has_oom_kill = has_oom_kill
         self._return_code: int | None = None
-        self._pidfd: int | None = None
-        with suppress(OSError):  # before Linux 5.3, or forbidden by an old container engine
-            self._pidfd = os.pidfd_open(self.pid)
 
     def poll(self) -> int | None:
         """Return the return code when the process has ended, else None."""
@@ -144,11 +141,7 @@ class Process:
         """
         if self.poll() is None:
             self._terminate(grace, None)
-        ended = descendants.end_descendants(self.pid)
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
-        return ended
+        return descendants.end_descendants(self.pid)
 
     def kill(self) -> None:
         """End the process, if it is alive, and its group, at once."""
@@ -160,20 +153,21 @@ class Process:
     ) -> bool:
         """Return whether the process ended before the deadline and the stop_count-th signal."""
         poller = select.poll()
-        if self._pidfd is not None:
-            poller.register(self._pidfd, select.POLLIN)
         if stop is not None and stop_count == 1:
             poller.register(stop.fileno(), select.POLLIN)
-        must_look_again = self._pidfd is None or (stop is not None and stop_count > 1)
-        while self.poll() is None:
-            now = time.monotonic()
-            if stop is not None and stop.count >= stop_count:
-                return False
-            if deadline is not None and now >= deadline:
-                return False
-            waits = [] if deadline is None else [deadline - now]
-            waits += [_SLICE_SECONDS] if must_look_again else []
-            poller.poll(min(waits) * 1000 + 1 if waits else None)
+        with _open_pidfd(self.pid) as pidfd:
+            if pidfd is not None:
+                poller.register(pidfd, select.POLLIN)
+            must_look_again = pidfd is None or (stop is not None and stop_count > 1)
+            while self.poll() is None:
+                now = time.monotonic()
+                if stop is not None and stop.count >= stop_count:
+                    return False
+                if deadline is not None and now >= deadline:
+                    return False
+                waits = [] if deadline is None else [deadline - now]
+                waits += [_SLICE_SECONDS] if must_look_again else []
+                poller.poll(min(waits) * 1000 + 1 if waits else None)
         return True
 
     def _terminate(self, grace: timedelta, stop: Stop | None) -> None:
@@ -211,6 +205,20 @@ class MemoryEvents:
                         )
                         return int(counts.get("oom_kill", 0))
         return 0
+
+
+@contextmanager
+def _open_pidfd(pid: int) -> Iterator[int | None]:
+    """Yield a descriptor that is readable when the process has ended, None where there is none."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:  # before Linux 5.3, or forbidden by an old container engine
+        yield None
+        return
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
 
 
 def _explain(error: StartError, spec: ProcessSpec) -> str:

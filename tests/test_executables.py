@@ -1,0 +1,200 @@
+"""Commands that cannot be executed, tried for real: which sentence their author reads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shim.errors import UserSafeError
+from shim.executables import explain_exec_error
+from shim.users import User
+from tests.processes import run
+from tests.support import UNPRIVILEGED_UID, needs_root
+
+OTHER_MACHINE = {"x86_64": (183, "aarch64")}.get(os.uname().machine, (62, "x86_64"))
+
+
+def true_program() -> bytearray:
+    return bytearray(Path("/bin/true").read_bytes())
+
+
+def for_another_machine() -> bytes:
+    program = true_program()
+    struct.pack_into("<H", program, 18, OTHER_MACHINE[0])
+    return bytes(program)
+
+
+def for_another_library() -> bytes:
+    program = bytes(true_program())
+    start = program.index(b"/lib")  # PT_INTERP comes first
+    end = program.index(b"\0", start)
+    return program[:start] + b"/lib/ld-musl-other.so.1".ljust(end - start, b"\0") + program[end:]
+
+
+CASES = [
+    pytest.param(
+        b"echo no first line\n",
+        "The command {path!r} is not a program that Linux can execute; a script must name its "
+        "interpreter in the first line, for example #!/bin/sh",
+        id="no first line",
+    ),
+    pytest.param(b"", "The command {path!r} is an empty file", id="empty"),
+    pytest.param(
+        b"#!/bin/sh\r\necho x\r\n",
+        "The first line of the command {path!r} ends in a carriage return; "
+        "save the file with Unix line endings (LF, not CRLF)",
+        id="carriage return",
+    ),
+    pytest.param(
+        b"#!\n",
+        "The first line of the command {path!r} does not name an interpreter after #!",
+        id="no interpreter",
+    ),
+    pytest.param(
+        b"#! /opt/none/python -u\n",
+        "The interpreter '/opt/none/python', named in the first line of the command {path!r}, "
+        "does not exist; install it or name another",
+        id="missing interpreter",
+    ),
+    pytest.param(
+        for_another_machine(),
+        f"The command {{path!r}} was built for {OTHER_MACHINE[1]} machines, but this machine is "
+        f"{os.uname().machine}; "
+        "build the container image for this platform (docker build --platform)",
+        id="wrong architecture",
+    ),
+    pytest.param(
+        for_another_library(),
+        "The command {path!r} needs '/lib/ld-musl-other.so.1', which does not exist: it was built "
+        "for another C library (glibc or musl); build it in the image that it runs in",
+        id="missing loader",
+    ),
+    pytest.param(
+        b"\x7fELF\x02\x01\x01",
+        "The command {path!r} is a damaged program: its ELF header is not complete",
+        id="damaged",
+    ),
+]
+
+
+def sentence(*argv: str, **options: object) -> str:
+    with pytest.raises(UserSafeError) as caught:
+        run(*argv, **options)
+    return str(caught.value)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[[bytes], str]:
+    def write(content: bytes, mode: int = 0o755) -> str:
+        path = tmp_path / "command"
+        path.write_bytes(content)
+        path.chmod(mode)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(("content", "expected"), CASES)
+def test_file_that_cannot_be_executed_is_explained(
+    command: Callable[[bytes], str], content: bytes, expected: str
+) -> None:
+    path = command(content)
+    assert expected.format(path=path) == sentence(path)
+
+
+@pytest.mark.parametrize(("content", "expected"), CASES)
+def test_file_found_on_the_path_is_explained(
+    command: Callable[[bytes], str], content: bytes, expected: str
+) -> None:
+    path = command(content)
+    environment = {"PATH": f"/none:{os.path.dirname(path)}:/bin"}
+    assert expected.format(path=path) == sentence("command", env=environment)
+
+
+def test_script_is_explained_by_its_interpreter(tmp_path: Path) -> None:
+    interpreter = tmp_path / "interpreter"
+    interpreter.write_bytes(for_another_machine())
+    interpreter.chmod(0o755)
+    script = tmp_path / "script"
+    script.write_text(f"#!{interpreter}\n")
+    script.chmod(0o755)
+    assert f"The command {str(interpreter)!r} was built for" in sentence(str(script))
+
+
+@pytest.mark.parametrize("name", ["none", "/none/x", "/bin/sh/x", "./none", "", "no\nne"])
+def test_missing_command_has_the_sentence_that_platforms_know(name: str) -> None:
+    assert (
+        "The command defined by the containers ENTRYPOINT and CMD instructions does not exist"
+        == sentence(name)
+    )
+
+
+def test_command_that_nobody_may_execute_has_the_sentence_that_platforms_know(
+    command: Callable[[bytes, int], str],
+) -> None:
+    expected = (
+        "The user defined in the containers USER instruction does not have permission to execute "
+        "the command defined by the containers ENTRYPOINT and CMD instructions"
+    )
+    assert expected == sentence(command(b"#!/bin/sh\n", 0o644))
+
+
+@needs_root
+def test_command_that_only_root_may_execute_is_not_permitted(
+    command: Callable[[bytes, int], str],
+) -> None:
+    user = User(uid=UNPRIVILEGED_UID, gid=UNPRIVILEGED_UID)
+    actual = sentence(command(b"#!/bin/sh\n", 0o700), user=user)
+    assert actual.startswith("The user defined in the containers USER instruction does not have")
+
+
+def test_directory_is_told(tmp_path: Path) -> None:
+    expected = (
+        f"The command {str(tmp_path)!r} is a directory; "
+        "name a program in it in the ENTRYPOINT or CMD instruction"
+    )
+    assert expected == sentence(str(tmp_path))
+
+
+def test_too_long_arguments_are_told() -> None:
+    expected = (
+        "The arguments and the environment of the command are longer than the operating system "
+        "allows; pass long values in files"
+    )
+    assert expected == sentence("true", "x" * 200_000)
+
+
+def test_missing_working_directory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    expected = (
+        "The working directory of the container does not exist; "
+        "set one that does in the WORKDIR instruction"
+    )
+    assert expected == sentence("./command")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\x7fELF\x02\x01\x01" + b"\xff" * 60,
+        b"\x7fELF\x01\x02\x01" + b"\xff" * 60,
+        b"\x7fELF" + b"\0" * 60,
+        b"#!" + b"/" * 5000,
+    ],
+)
+def test_hostile_head_is_explained_too(command: Callable[[bytes], str], head: bytes) -> None:
+    for number in (errno.ENOEXEC, errno.ENOENT):
+        assert "command" in explain_exec_error(command(head), number)
+
+
+def test_any_other_error_is_named() -> None:
+    expected = "The command '/x' could not be started: Text file busy"
+    assert expected == explain_exec_error("/x", errno.ETXTBSY)

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from shim.process import Ending, MemoryEvents, Process, run_helper, start
+from shim.stopping import Stop
+from shim.users import User
+from tests.processes import (
+    ENVIRONMENT,
+    GRACE,
+    NEVER,
+    begin,
+    close,
+    count_zombies,
+    is_alive,
+    open_fds,
+    read_line,
+    run,
+    spec,
+)
+from tests.support import UNPRIVILEGED_UID, needs_root, poll
+
+MOMENT = timedelta(seconds=0.2)
+LONG = timedelta(seconds=60)
+STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
+POLITE = "trap 'echo bye; exit 7' TERM; echo ready; while :; do sleep 0.05; done"
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("exit 0", 0),
+        ("exit 3", 3),
+        ("exit 255", 255),
+        ("kill -TERM $$", -signal.SIGTERM),
+        ("kill -KILL $$", -signal.SIGKILL),
+        ("kill -SEGV $$", -signal.SIGSEGV),
+    ],
+)
+def test_return_code_is_the_status_or_the_signal(script: str, expected: int) -> None:
+    assert Ending(return_code=expected) == run("sh", "-c", script).ending
+
+
+def test_poll_tells_when_the_process_has_ended() -> None:
+    process = begin("sleep", "0.1")
+    assert process.poll() is None
+    poll(lambda: process.poll() is not None)
+    assert [0, 0] == [process.poll(), process.poll()]
+    process.end()
+    close(process)
+
+
+def test_time_limit_asks_the_group_to_end() -> None:
+    process = begin("sh", "-c", f"(trap '' TERM; sh -c 'echo child $PPID'; sleep 60) & {POLITE}")
+    lines = {read_line(process), read_line(process)}
+    (child,) = (int(line.split()[1]) for line in lines if line.startswith("child"))
+    ending = process.wait(timeout=MOMENT, grace=GRACE, stop=NEVER)
+    assert Ending(return_code=7, timed_out=True) == ending
+    process.end()
+    assert not is_alive(child)
+    assert "bye\n" == close(process)[0]
+
+
+def test_time_limit_makes_a_stubborn_process_end_after_its_grace() -> None:
+    process = begin("sh", "-c", STUBBORN)
+    read_line(process)
+    began = time.monotonic()
+    ending = process.wait(timeout=MOMENT, grace=MOMENT, stop=NEVER)
+    assert 0.4 <= time.monotonic() - began < 3
+    assert Ending(return_code=-signal.SIGKILL, timed_out=True) == ending
+    process.end()
+    close(process)
+
+
+def test_stopped_process_is_woken_to_end_in_order() -> None:
+    process = begin("sh", "-c", POLITE)
+    read_line(process)
+    os.kill(process.pid, signal.SIGSTOP)
+    ending = process.wait(timeout=MOMENT, grace=GRACE, stop=NEVER)
+    assert Ending(return_code=7, timed_out=True) == ending
+    process.end()
+    close(process)
+
+
+def test_stop_ends_the_wait_at_once() -> None:
+    process = begin("sh", "-c", POLITE)
+    read_line(process)
+    stop = Stop()
+    threading.Timer(0.1, stop.request, args=(signal.SIGTERM,)).start()
+    began = time.monotonic()
+    ending = process.wait(timeout=LONG, grace=GRACE, stop=stop)
+    assert time.monotonic() - began < 3
+    assert Ending(return_code=7, stopped=True) == ending
+    process.end()
+    close(process)
+
+
+def test_second_signal_cuts_the_grace() -> None:
+    process = begin("sh", "-c", STUBBORN)
+    read_line(process)
+    stop = Stop()
+    stop.request(signal.SIGTERM)
+    threading.Timer(0.2, stop.request, args=(signal.SIGTERM,)).start()
+    began = time.monotonic()
+    ending = process.wait(timeout=None, grace=LONG, stop=stop)
+    assert time.monotonic() - began < 3
+    assert Ending(return_code=-signal.SIGKILL, stopped=True) == ending
+    process.end()
+    close(process)
+
+
+@needs_root
+def test_process_of_another_user_is_ended() -> None:
+    user = User(uid=UNPRIVILEGED_UID, gid=UNPRIVILEGED_UID)
+    process = begin("sh", "-c", STUBBORN, user=user)
+    read_line(process)
+    ending = process.wait(timeout=MOMENT, grace=MOMENT, stop=NEVER)
+    assert Ending(return_code=-signal.SIGKILL, timed_out=True) == ending
+    process.end()
+    close(process)
+
+
+def test_wait_without_pidfd_sees_the_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(pid: int, flags: int = 0) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "pidfd_open", forbidden)
+    assert Ending(return_code=3) == run("sh", "-c", "sleep 0.2; exit 3").ending
+    assert run("sleep", "60", timeout=MOMENT).ending.timed_out
+
+
+def test_waiting_costs_no_processor_time() -> None:
+    process = begin("sleep", "0.5")
+    before = time.thread_time()
+    process.wait(timeout=LONG, grace=GRACE, stop=NEVER)
+    assert time.thread_time() - before < 0.05
+    process.end()
+    close(process)
+
+
+def test_end_gives_a_living_process_its_grace() -> None:
+    process = begin("sh", "-c", POLITE)
+    read_line(process)
+    process.end(grace=GRACE)
+    assert 7 == process.poll()
+    assert "bye\n" == close(process)[0]
+
+
+def test_nothing_is_left_of_many_runs() -> None:
+    run("true")
+    before = open_fds()
+    for _ in range(20):
+        run("sh", "-c", "sleep 60 & exit 1")
+    assert (before, 0) == (open_fds(), count_zombies())
+
+
+def test_lost_status_is_a_failure() -> None:
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert 1 == run("true").ending.return_code
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+
+
+CGROUP_V1 = "9:name=systemd:/\n4:cpu,memory:/docker/abc\n"
+CGROUP_V2 = "0::/docker/abc\n"
+
+
+@pytest.fixture(params=["v1", "v1 mounted as root", "v2", "v2 mounted as root"])
+def cgroup(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> tuple[MemoryEvents, Callable[[int], None]]:
+    """Return where a fake cgroup is, and what sets its number of kills."""
+    is_v1 = request.param.startswith("v1")
+    directory = tmp_path / "memory" if is_v1 else tmp_path
+    if not request.param.endswith("root"):
+        directory /= "docker/abc"
+    directory.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cgroup").write_text(CGROUP_V1 if is_v1 else CGROUP_V2)
+    name = "memory.oom_control" if is_v1 else "memory.events"
+    before = "oom_kill_disable 0\nunder_oom 0\n" if is_v1 else "low 0\nmax 3\noom 1\n"
+
+    def set_kills(count: int) -> None:
+        (directory / name).write_text(f"{before}oom_kill {count}\n")
+
+    set_kills(2)
+    return MemoryEvents(cgroup=tmp_path / "cgroup", root=tmp_path), set_kills
+
+
+@pytest.mark.parametrize(
+    ("script", "kills", "expected"),
+    [
+        pytest.param("kill -KILL $$", 3, Ending(return_code=-9, oom_killed=True), id="killed"),
+        pytest.param("exit 137", 3, Ending(return_code=137, oom_killed=True), id="shell says so"),
+        pytest.param("kill -KILL $$", 2, Ending(return_code=-9), id="killed by somebody else"),
+        pytest.param("exit 1", 3, Ending(return_code=1), id="survived the kill of a child"),
+    ],
+)
+def test_kill_for_want_of_memory_is_told_from_others(
+    cgroup: tuple[MemoryEvents, Callable[[int], None]], script: str, kills: int, expected: Ending
+) -> None:
+    events, set_kills = cgroup
+    process = start(spec("sh", "-c", f"read line < /dev/null; {script}"), memory_events=events)
+    set_kills(kills)
+    actual = process.wait(timeout=LONG, grace=GRACE, stop=NEVER)
+    process.end()
+    close(process)
+    assert expected == actual
+
+
+def test_our_own_kill_is_not_for_want_of_memory(
+    cgroup: tuple[MemoryEvents, Callable[[int], None]],
+) -> None:
+    events, set_kills = cgroup
+    process = start(spec("sh", "-c", STUBBORN), memory_events=events)
+    read_line(process)
+    set_kills(3)
+    ending = process.wait(timeout=MOMENT, grace=MOMENT, stop=NEVER)
+    process.end()
+    close(process)
+    assert Ending(return_code=-signal.SIGKILL, timed_out=True) == ending
+
+
+@pytest.mark.parametrize("text", [None, "", "garbage", "0::/x\n", "4:memory:/x\n"])
+def test_unknown_number_of_kills_is_none(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "cgroup").write_text(text)
+    events = MemoryEvents(cgroup=tmp_path / "cgroup", root=tmp_path)
+    assert 0 == events.count_oom_kills()
+
+
+def test_helper_gives_its_output() -> None:
+    assert b'{"Version": 1}\n' == run_helper(["echo", '{"Version": 1}'], ENVIRONMENT, LONG)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        pytest.param(["none-such"], OSError, id="missing"),
+        pytest.param(["sh", "-c", "echo why >&2; exit 3"], ChildProcessError, id="failed"),
+        pytest.param(["sleep", "60"], TimeoutError, id="too slow"),
+        pytest.param(["sh", "-c", "exec >&- 2>&-; sleep 60"], TimeoutError, id="silent"),
+        pytest.param(["yes"], OSError, id="too much"),
+    ],
+)
+def test_helper_that_fails_is_an_oserror(argv: list[str], expected: type[OSError]) -> None:
+    before = open_fds()
+    with pytest.raises(expected):
+        run_helper(argv, ENVIRONMENT, timedelta(seconds=0.3))
+    assert before == open_fds()
+    poll(lambda: count_zombies() == 0)
+
+
+def test_failed_helper_is_told_with_its_reason() -> None:
+    with pytest.raises(ChildProcessError, match="^sh ended with status 3: why$"):
+        run_helper(["sh", "-c", "echo why >&2; exit 3"], ENVIRONMENT, LONG)
+
+
+def test_many_waiting_threads_get_the_same_return_code() -> None:
+    process: Process = begin("sh", "-c", "sleep 0.1; exit 5")
+    codes: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda: codes.append(
+                process.wait(timeout=LONG, grace=GRACE, stop=NEVER).return_code
+            )
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    process.end()
+    close(process)
+    assert [5] * 8 == codes
