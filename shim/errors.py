@@ -44,10 +44,10 @@ class Problem:
     input: object = None
 
     def __str__(self) -> str:
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.loc)
-        sentence = f"{path.removeprefix('.')}: {self.message.removeprefix(VALUE_ERROR)}".lstrip(
-            ": "
-        )
+        steps = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.loc)
+        path = "".join(steps).removeprefix(".")
+        message = self.message.removeprefix(VALUE_ERROR)
+        sentence = f"{path}: {message}" if path else message
         if self.type in _SAYS_IT_ALL:
             return sentence
         return f"{sentence}, found {_SHORT.repr(self.input)}"
