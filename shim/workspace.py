@@ -46,6 +46,16 @@ ATTEMPTS = 3
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
+_CAUSED_BY_USER = (
+    None,  # NotAnOutput
+    errno.EACCES,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENXIO,
+)
+
 
 class NotAnOutput(FileNotFoundError):
     """What is here, or is here by now, may not be uploaded."""
@@ -124,13 +134,13 @@ class Workspace:
                         continue
                     file = self._output_file(path, entry, user)
                 except OSError as error:
-                    self._log.warning(f"Skipping the output {path!r}: {error}")
+                    self._skip(path, error)
                 else:
                     yield file
 
     def _reset_input(self, pk: str) -> bool:
         previous, self._input_root = self._input_root, self._input_path
-        if self._linked_input_parent is None or _is_mount_point(self._input_path):
+        if self._linked_input_parent is None or is_mount_point(self._input_path):
             return self._reset_directory(self._input_path, mode=0o755)
         linked = self._linked_input_parent / f"{pk}-input"
         if previous not in (self._input_path, linked):
@@ -163,12 +173,18 @@ class Workspace:
         try:
             directory = self._open_output_directory(path.split("/") if path else [], user)
         except OSError as error:
-            if not path and not isinstance(error, FileNotFoundError):
+            if not path and error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise UserSafeError(OUTPUT_MESSAGE) from error
-            self._log.warning(f"Skipping the output directory {path!r}: {error}")
+            self._skip(path, error)
             return
         with closing_descriptor(directory), os.scandir(directory) as entries:
             yield from entries
+
+    def _skip(self, path: str, error: OSError) -> None:
+        """Warn of what the user's doing made no output; any other error must not lose one."""
+        if error.errno not in _CAUSED_BY_USER:
+            raise error
+        self._log.warning(f"Skipping the output {path!r}: {error}")
 
     def _output_file(self, path: str, entry: os.DirEntry[str], user: User) -> OutputFile:
         if entry.is_symlink():
@@ -245,7 +261,7 @@ class Workspace:
                 _check_file(os.stat(name, dir_fd=directory, follow_symlinks=False), user)
                 file = os.open(name, _FILE, dir_fd=directory)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            if error.errno in _CAUSED_BY_USER and not isinstance(error, FileNotFoundError):
                 raise NotAnOutput("it is not what it was") from error
             raise
         try:
@@ -431,7 +447,7 @@ def _open_or_make(path: Path, *, mode: int, follow: bool = False) -> int:
     return directory
 
 
-def _is_mount_point(path: Path) -> bool:
+def is_mount_point(path: Path) -> bool:
     """Return whether something is mounted at this very name, be it from the same file system."""
     try:
         return _mount_id(path) != _mount_id(path.parent.resolve())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -385,7 +386,7 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
 def test_very_deep_tree_needs_few_descriptors(in_memory: Path, log: RecordingLog) -> None:
     directory = in_memory / "d"
     directory.mkdir()
-    deep_tree(directory, 20_000)
+    deep_tree(directory, 10_000)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
     try:
@@ -683,11 +684,28 @@ def test_walk_of_a_missing_output_directory_finds_nothing(
     assert len(log.lines) == 1
 
 
+def test_walk_without_descriptors_fails_and_loses_no_output(
+    output: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (output / "d").mkdir()
+    (output / "d" / "f").write_text("x")
+    real_open = os.open
+
+    def open_few(path: Any, *rest: Any, **named: Any) -> int:
+        if path == "d":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real_open(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", open_few)
+    with pytest.raises(OSError, match="Too many open files"):
+        list(workspace.walk_outputs(ROOT))
+
+
 def test_walk_of_a_very_deep_tree_ends_where_keys_end(in_memory: Path, log: RecordingLog) -> None:
     workspace = build(in_memory, log)
     workspace.reset("pk")
     output = in_memory / "output"
-    deep_tree(output, 2_000)
+    deep_tree(output, 1_100)
     (output / "f").write_text("x")
 
     assert read_outputs(workspace) == {"f": "x"}
