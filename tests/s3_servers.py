@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,9 @@ class S3Server:
             environ["AWS_CA_BUNDLE"] = str(self.ca_bundle)
         object.__setattr__(self, "environ", environ)
 
-    def boto3(self, **configuration: Any) -> Any:
+    def boto3(self) -> Any:
         """Return a boto3 client, the judge of what our client did."""
-        import boto3
-        from botocore.config import Config
-
-        return boto3.client(
-            "s3",
-            endpoint_url=self.url,
-            aws_access_key_id=ACCESS_KEY,
-            aws_secret_access_key=SECRET_KEY,
-            region_name="eu-central-1",
-            verify=str(self.ca_bundle) if self.ca_bundle else None,
-            config=Config(s3={"addressing_style": "path"}, **configuration),
-        )
+        return _boto3(self.url, str(self.ca_bundle) if self.ca_bundle else None)
 
     def make_bucket(self, name: str) -> str:
         """Create a bucket and return its name."""
@@ -64,6 +54,24 @@ class S3Server:
             Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-central-1"}
         )
         return name
+
+
+@cache  # half a second each
+def _boto3(url: str, ca_bundle: str | None) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=url,
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+        region_name="eu-central-1",
+        verify=ca_bundle,
+        config=Config(
+            s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}, read_timeout=10
+        ),
+    )
 
 
 def _accepts(port: int) -> bool:
@@ -101,7 +109,6 @@ def rclone_server(directory: Path, *, tls: bool = False) -> Iterator[S3Server]:
     address = f"127.0.0.1:{port}"
     argv = [find_program("rclone"), "serve", "s3", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
     argv += ["--addr", address, "--config", os.devnull, "--cache-dir", str(directory / "cache")]
-    argv += ["--vfs-cache-mode", "off", "--dir-cache-time", "0s", "--poll-interval", "0"]
     certificate = None
     if tls:
         certificate, key = make_certificate(directory)

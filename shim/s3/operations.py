@@ -13,7 +13,13 @@ from datetime import UTC, datetime, timedelta
 
 from shim.s3 import retries
 from shim.s3.endpoints import Endpoint, EndpointConfiguration, resolve
-from shim.s3.errors import Cancelled, ServiceError, TransportError
+from shim.s3.errors import (
+    Cancelled,
+    IntegrityError,
+    S3ClientError,
+    ServiceError,
+    TransportError,
+)
 from shim.s3.http1 import READ_SECONDS, Request, Response, never
 from shim.s3.retries import Kind
 from shim.s3.sigv4 import EMPTY_PAYLOAD_HASH, UNSIGNED_PAYLOAD, Credentials, encode_key, sign
@@ -69,7 +75,8 @@ class Pace:
     Then all wait, and half as many go on; each round of successes lets in one more.
     """
 
-    def __init__(self, *, concurrency: int) -> None:
+    def __init__(self, *, concurrency: int, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
         self._most = self._limit = concurrency
         self._active = self._successes = 0
         self._resume_at = 0.0
@@ -78,7 +85,7 @@ class Pace:
     def try_enter(self) -> bool:
         """Begin a request, unless it is too early or others must end first."""
         with self._lock:
-            if self._active >= self._limit or time.monotonic() < self._resume_at:
+            if self._active >= self._limit or self._monotonic() < self._resume_at:
                 return False
             self._active += 1
             return True
@@ -95,7 +102,7 @@ class Pace:
     def slow_down(self, seconds: float) -> None:
         """Let everything wait, then half as many go on."""
         with self._lock:
-            now = time.monotonic()
+            now = self._monotonic()
             if now >= self._resume_at:  # the others of the same moment do not count again
                 self._limit, self._successes = max(1, min(self._limit, self._active + 1) // 2), 0
             self._resume_at = max(self._resume_at, now + seconds)
@@ -115,11 +122,12 @@ class Service:
         log: Log,
         cancelled: Callable[[], bool] = never,
         sleep: Callable[[float], None] = time.sleep,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cancelled = cancelled
         self._configuration, self._credentials = configuration, credentials
         self._transport, self._attempts, self._log, self._sleep = transport, attempts, log, sleep
-        self._pace = Pace(concurrency=concurrency)
+        self._pace = Pace(concurrency=concurrency, monotonic=monotonic)
         self._endpoints: dict[str, tuple[Endpoint, str]] = {}
         self._skew = timedelta(0)
 
@@ -153,7 +161,7 @@ class Service:
                 result = self._attempt(exchange, credentials, now, cancelled)
                 is_success = True
                 return result
-            except (ServiceError, TransportError) as failure:
+            except (ServiceError, TransportError, IntegrityError) as failure:
                 error = failure
             finally:
                 self._pace.leave(is_success=is_success)
@@ -250,7 +258,7 @@ class Service:
     def _mend(
         self,
         kind: Kind,
-        error: ServiceError | TransportError,
+        error: S3ClientError,
         credentials: Credentials,
         now: datetime,
     ) -> bool:
@@ -269,20 +277,17 @@ class Service:
     def _learn_region(self, error: ServiceError) -> bool:
         """Resolve the bucket anew in the region that an answer names; never by its Location."""
         bucket = error.bucket
-        region = error.headers.get("x-amz-bucket-region") or error.region
-        if bucket.startswith("arn:") or not region:
+        if bucket.startswith("arn:") or error.region in ("", self._endpoint(bucket)[0].region):
             return False
-        if region == self._endpoint(bucket)[0].region:
-            return False
-        endpoint = resolve(self._configuration, bucket, region)
+        endpoint = resolve(self._configuration, bucket, error.region)
         self._endpoints[bucket] = endpoint, endpoint.hostname
-        self._log("INFO", f"The bucket {bucket} is in {region}")
+        self._log("INFO", f"The bucket {bucket} is in {error.region}")
         return True
 
     def _wait(
         self,
         kind: Kind,
-        error: ServiceError | TransportError,
+        error: S3ClientError,
         retry: int,
         cancelled: Callable[[], bool],
     ) -> None:
@@ -325,7 +330,7 @@ def error_of(operation: Operation, response: Response, body: bytes) -> ServiceEr
         code=told("Code") or str(status),
         message=told("Message") or response.reason,
         headers=response.headers,
-        region=told("Region"),
+        region=response.headers.get("x-amz-bucket-region") or told("Region"),
         request_id=told("RequestId"),
         host_id=told("HostId"),
     )

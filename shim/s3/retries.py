@@ -15,6 +15,7 @@ from enum import Enum
 
 from shim.s3.errors import (
     CertificateError,
+    IntegrityError,
     S3ClientError,
     ServiceError,
     StaleConnection,
@@ -33,7 +34,7 @@ class Kind(Enum):
 
     THROTTLED = "wait, and do less at once"
     TRANSIENT = "wait"
-    DAMAGED = "send the body once more"
+    DAMAGED = "transfer the body once more"
     TRANSPORT = "wait, then connect to the next address"
     STALE = "connect anew, at once"
     CLOCK = "take the server's time, once"
@@ -107,6 +108,8 @@ def kind_of(error: S3ClientError, *, now: datetime) -> Kind:
         return _kind_of_answer(error, now)
     if isinstance(error, StaleConnection):
         return Kind.STALE
+    if isinstance(error, IntegrityError):
+        return Kind.DAMAGED
     if isinstance(error, TransportError) and not isinstance(error, CertificateError):
         return Kind.TRANSPORT
     return Kind.FINAL
@@ -114,11 +117,11 @@ def kind_of(error: S3ClientError, *, now: datetime) -> Kind:
 
 def _kind_of_answer(error: ServiceError, now: datetime) -> Kind:
     kind = CODES.get(error.code) or STATUSES.get(error.status, Kind.FINAL)
+    if kind is Kind.FINAL and error.status == 400 and error.region:
+        return Kind.REGION
     if kind is Kind.FINAL and error.status in (400, 403):
-        if error.region:
-            return Kind.REGION
-        if abs(skew_of(error.headers, now=now)) > LARGEST_SKEW:
-            return Kind.CLOCK
+        is_off = abs(skew_of(error.headers, now=now)) > LARGEST_SKEW
+        return Kind.CLOCK if is_off else Kind.FINAL
     return kind
 
 

@@ -1,0 +1,99 @@
+"""Our client before the strict double, with what it slept and logged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shim.s3.client import S3Client
+from shim.s3.endpoints import EndpointConfiguration
+from shim.s3.http1 import never
+from shim.s3.operations import Service
+from shim.s3.sigv4 import Credentials
+from shim.s3.transfer import Download, Transfers, Upload
+from shim.s3.transport import Proxies, Transport, Trust
+from tests.fakes.s3_double import S3Double
+from tests.s3_servers import ACCESS_KEY, SECRET_KEY
+
+KEYS = {ACCESS_KEY: SECRET_KEY}
+REGION = "eu-central-1"
+
+
+class OneIdentity:
+    """A credential provider that hands out one pair of keys after the other, when asked to."""
+
+    def __init__(self, *keys: Credentials) -> None:
+        self._keys = list(keys)
+
+    def get(self) -> Credentials:
+        return self._keys[0]
+
+    def refresh(self, rejected: Credentials) -> Credentials:
+        if len(self._keys) > 1 and rejected == self._keys[0]:
+            del self._keys[0]
+        return self._keys[0]
+
+
+@dataclass(kw_only=True)
+class Harness:
+    """A client with its surroundings."""
+
+    client: S3Client
+    service: Service
+    sleeps: list[float] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    cancelled: Callable[[], bool] = never
+
+    def download(self, path: Path, key: str = "key", *, concurrency: int = 4) -> bytes:
+        transfers = Transfers(self.client, concurrency=concurrency, cancelled=self.cancelled)
+        transfers.download_all([Download(bucket="bucket", key=key, path=path)])
+        return path.read_bytes()
+
+    def upload(self, path: Path, key: str = "key", *, concurrency: int = 4) -> None:
+        transfers = Transfers(self.client, concurrency=concurrency, cancelled=self.cancelled)
+        upload = Upload(bucket="bucket", key=key, open=lambda: os.open(path, os.O_RDONLY))
+        transfers.upload_all([upload])
+
+
+def build_harness(
+    url: str,
+    *,
+    attempts: int = 5,
+    region: str = REGION,
+    concurrency: int = 8,
+    credentials: Any = None,
+    environ: Mapping[str, str] | None = None,
+    cancelled: Callable[[], bool] = never,
+) -> Harness:
+    """Build a client that never really sleeps."""
+    sleeps: list[float] = []
+    lines: list[str] = []
+    environ = environ or {}
+    transport = Transport(proxies=Proxies(environ), trust=Trust(environ), max_connections=8)
+    service = Service(
+        configuration=EndpointConfiguration(region=region, endpoint_url=url),
+        credentials=credentials
+        or OneIdentity(Credentials(access_key=ACCESS_KEY, secret_key=SECRET_KEY)),
+        transport=transport,
+        attempts=attempts,
+        concurrency=concurrency,
+        log=lambda level, message: lines.append(f"{level} {message}"),
+        cancelled=cancelled,
+        sleep=sleeps.append,
+        monotonic=lambda: sum(sleeps),
+    )
+    return Harness(
+        client=S3Client(service), service=service, sleeps=sleeps, lines=lines, cancelled=cancelled
+    )
+
+
+@contextmanager
+def running_double(**options: Any) -> Iterator[S3Double]:
+    """Run a double with one empty bucket named "bucket"."""
+    with S3Double(credentials=KEYS, **options) as double:
+        double.buckets["bucket"] = {}
+        yield double
