@@ -41,8 +41,8 @@ START_MESSAGE = "Failed to start the algorithm container's inference server"
 CONNECT_MESSAGE = "Could not connect to invoke endpoint"
 HTTP_MESSAGE = "HTTP error calling invoke endpoint"
 HEALTH_MESSAGE = (
-    "The algorithm container's inference server didn\u2019t pass the health check within {} seconds "
-    "or the /health endpoint took to long to respond ({} seconds per call). "
+    "The algorithm container's inference server didn\u2019t pass the health check within {} "
+    "seconds or the /health endpoint took to long to respond ({} seconds per call). "
     "Verify that the container starts correctly and that /health responds quickly."
 )
 HEALTHY_STATUS = 200
@@ -274,12 +274,12 @@ class InvokeMode(_BaseMode):
             )
         except TimeoutError:
             return 1, TIME_LIMIT_MESSAGE, False
-        except CannotConnect as error:
-            self._log.error(f"{CONNECT_MESSAGE}: {error}")
-            return 1, CONNECT_MESSAGE, False
-        except (BrokenAnswer, Abandoned) as error:
-            self._log.error(f"{HTTP_MESSAGE}: {error}")
-            return 1, HTTP_MESSAGE, process.poll() is None
+        except (CannotConnect, BrokenAnswer, Abandoned) as error:
+            message = CONNECT_MESSAGE if isinstance(error, CannotConnect) else HTTP_MESSAGE
+            self._log.error(f"{message}: {error}")
+            # Connections are closed some time before the process that held them has ended.
+            has_ended = process.await_end(deadline=time.monotonic() + LAST_POLL_SECONDS)
+            return 1, message, not has_ended and message != CONNECT_MESSAGE
         if status == INVOKED_STATUS:
             return 0, "", True
         self._log.error(

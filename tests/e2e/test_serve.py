@@ -135,7 +135,8 @@ def test_ping_answers_quickly_while_a_task_works(platform: Platform) -> None:
         answers: list[Any] = []
         task = platform.task(inputs=[("a", "in/a")])
         worker = threading.Thread(target=lambda: answers.append(server.invoke(task)))
-        reader = threading.Thread(target=lambda: answers.append(server.process.stdout.read()))  # type: ignore[union-attr]
+        assert server.process.stdout
+        reader = threading.Thread(target=server.process.stdout.read)
         worker.start()
         reader.start()
         times = []
