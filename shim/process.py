@@ -188,23 +188,31 @@ class MemoryEvents:
 
     def count_oom_kills(self) -> int:
         """Return how often the kernel killed there; 0 where nobody knows."""
+        for text in self._read(v1="memory.oom_control", v2="memory.events"):
+            with suppress(ValueError):
+                return int(dict(row.split() for row in text.splitlines()).get("oom_kill", 0))
+        return 0
+
+    def read_limit_bytes(self) -> int | None:
+        """Return how much memory there is; None without a limit, of which v1 has a huge number."""
+        limits = self._read(v1="memory.limit_in_bytes", v2="memory.max")
+        return min((int(limit) for limit in limits if limit.strip() != "max"), default=None)
+
+    def _read(self, *, v1: str, v2: str) -> Iterator[str]:
+        """Yield what the file of this name says, of our cgroup first."""
         with suppress(OSError, ValueError):
             for line in self.cgroup.read_text().splitlines():
                 _, controllers, path = line.split(":", 2)
                 if "memory" in controllers.split(","):
-                    directory, name = self.root / "memory", "memory.oom_control"
+                    directory, name = self.root / "memory", v1
                 elif not controllers:
-                    directory, name = self.root, "memory.events"
+                    directory, name = self.root, v2
                 else:
                     continue
                 # In a container our own cgroup is often mounted as the root, whatever its path.
                 for place in (directory / path.lstrip("/"), directory):
                     with suppress(OSError):
-                        counts = dict(
-                            row.split() for row in (place / name).read_text().splitlines()
-                        )
-                        return int(counts.get("oom_kill", 0))
-        return 0
+                        yield (place / name).read_text()
 
 
 @contextmanager

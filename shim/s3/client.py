@@ -158,6 +158,15 @@ class S3Client:
         """Store a file, whose size must not change; its position is neither used nor moved."""
         upload(self._service, bucket, key, fd, size, crew or self._alone())
 
+    def find_credentials(self) -> str:
+        """Find credentials, as the first request would; return where they come from."""
+        return self._service.find_credentials()
+
+    @property
+    def trust(self) -> Trust:
+        """Whom the connections trust."""
+        return self._service.trust
+
     def close(self) -> None:
         """Close kept connections."""
         self._service.close()

@@ -38,6 +38,7 @@ class CredentialProvider:
         self._sources, self._now, self._log = sources, now, log
         self._region = region or "not set"
         self._lock = threading.Lock()
+        self.description = "No credentials have been found yet"
         self._current: Credentials | None = None
         self._rejected: Credentials | None = None
         self._paused_until = datetime.min.replace(tzinfo=UTC)
@@ -80,7 +81,8 @@ class CredentialProvider:
     def _find(self) -> Credentials:
         for name, load in self._sources.items():
             if found := load():
-                self._log("INFO", f"Credentials come from {name}; region: {self._region}")
+                self.description = f"Credentials come from {name}; region: {self._region}"
+                self._log("INFO", self.description)
                 self._sources = {name: load}
                 return found
         self._sources = {}

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shim.s3.credentials import CredentialProvider
     from shim.s3.http1 import Body
     from shim.s3.store import Log
+    from shim.s3.transport import Trust
 
     T = TypeVar("T", covariant=True)
 
@@ -134,6 +135,16 @@ class Service:
     def close(self) -> None:
         """Close kept connections."""
         self._transport.close()
+
+    def find_credentials(self) -> str:
+        """Find credentials, as the first request would; return where they come from."""
+        self._credentials.get()
+        return self._credentials.description
+
+    @property
+    def trust(self) -> Trust:
+        """Whom the connections trust."""
+        return self._transport.trust
 
     def is_plain(self, bucket: str) -> bool:
         """Tell whether bodies travel unprotected, so that their SHA-256 must be signed."""

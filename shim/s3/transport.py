@@ -156,7 +156,7 @@ class Transport:
 
     def __init__(self, *, proxies: Proxies, trust: Trust, max_connections: int) -> None:
         """max_connections: how many are kept for another use, at most."""
-        self._proxies, self._trust, self._max_idle = proxies, trust, max_connections
+        self._proxies, self.trust, self._max_idle = proxies, trust, max_connections
         self._idle: dict[object, list[Connection]] = {}
         self._idle_count = 0
         self._proxy_of: dict[tuple[str, str, int], Proxy | None] = {}
@@ -310,11 +310,11 @@ class Transport:
         import ssl
 
         try:
-            return self._trust.context().wrap_socket(sock, server_hostname=host)
+            return self.trust.context().wrap_socket(sock, server_hostname=host)
         except ssl.SSLCertVerificationError as error:
             raise CertificateError(
                 f"The certificate of {host} is not trusted: {error.verify_message} "
-                f"(checked against {self._trust.source})"
+                f"(checked against {self.trust.source})"
             ) from error
         except OSError as error:
             raise TransportError(f"TLS with {host} failed: {error}") from error
