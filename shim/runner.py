@@ -13,6 +13,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from shim.errors import ShimError, TaskStopped, UserSafeError
@@ -201,8 +202,13 @@ class Runner:
 
         for file in self._workspace.walk_outputs(resolve_user(self._settings.user)):
             key = task.output_prefix + file.relative_path
+            try:
+                fd = file.open()
+            except FileNotFoundError as error:  # a server of the user's may still be at work
+                self._log.warning(f"Skipping the output {file.relative_path!r}: {error}")
+                continue
             self._log.debug(f"Uploading {file.relative_path!r} to {task.output_bucket_name}")
-            yield Upload(bucket=task.output_bucket_name, key=key, open=file.open)
+            yield Upload(bucket=task.output_bucket_name, key=key, open=partial(int, fd))
             outputs.append(
                 InferenceIO(
                     relative_path=file.relative_path,

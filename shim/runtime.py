@@ -89,6 +89,7 @@ class Runtime:
             with self._store.open(source.bucket, source.key) as stream:
                 extract_tar(stream, destination, uid=user.uid, gid=user.gid)
         except UserSafeError as error:
+            self._log.error(f"Could not unpack the {name}: {error.__cause__ or error}")
             raise UserSafeError(f"Could not set up {name}: {error}") from error
         except S3ClientError as error:
             self._log.error(f"Could not read the {name}: {error}")
