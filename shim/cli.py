@@ -22,6 +22,7 @@ from shim import __version__
 from shim.command import child_environment
 from shim.durations import format_duration
 from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
+from shim.frozen import describe, image_environment, settle
 from shim.logs import Log
 from shim.modes import ExecMode, InvokeMode
 from shim.process import run_helper
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 
 PROGRAM = "sagemaker-shim"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8080
 # SageMaker shows the first characters of this file as the reason of a failed job.
@@ -73,12 +75,19 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
 
 
+class ShowVersion(argparse.Action):
+    """Print the versions of the program and of its parts, and leave."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.exit(message=f"{PROGRAM} {__version__} ({describe()})\n")
+
+
 def build_parser() -> Parser:
     """Return the parser of the whole command line."""
     parser = Parser(
         prog=PROGRAM, description="Run a Grand Challenge algorithm on Amazon SageMaker, unchanged."
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="say what this is and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="answer SageMaker on port 8080")
@@ -117,11 +126,14 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     stop = Stop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, lambda number, _frame: stop.request(number))
+    # The static binary's launcher keeps back what comes before there are handlers.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
+        settle()
         arguments = build_parser().parse_args(argv)
-        code: int = arguments.run(arguments, dict(os.environ), stop)
+        code: int = arguments.run(arguments, image_environment(os.environ), stop)
         return code
     except Exception as error:
         write_failure(str(error) or type(error).__name__)
@@ -177,7 +189,7 @@ class Job:
             f"Setting memory limit to {limit} MB" if limit else "Not setting a memory limit"
         )
         self.log.info(title)
-        self.store = store or connect_store(self.settings, environ, self.log)
+        self.store = store or connect_store(self.settings, environ, self.log, stop)
         method = InvokeMode if self.settings.api_method == "invoke" else ExecMode
         mode = method(
             settings=self.settings, environ=environ, log=self.log, stop=stop, clock=time.monotonic
@@ -223,7 +235,7 @@ def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: 
     tasks = None if is_remote else _parse(_read_local(text, file))
     job = Job(environ=environ, stop=stop, title="Invoking the model")
     if tasks is None:
-        tasks = _parse(_read_remote(file, job.store))
+        tasks = _parse(_read_remote(file, job.store, stop))
     with job.ready() as is_ready:
         if is_ready and job.runner.run_tasks(tasks):
             job.log.info("Model invocation complete")
@@ -314,7 +326,7 @@ def _read_local(text: str | None, file: str) -> dict[str, bytes]:
     return {"": body}
 
 
-def _read_remote(file: str, store: Store) -> dict[str, bytes]:
+def _read_remote(file: str, store: Store, stop: Stop) -> dict[str, bytes]:
     """Return the task list, or every `*.json` below a prefix by its key."""
     try:
         location = parse_s3_uri(file)
@@ -327,6 +339,7 @@ def _read_remote(file: str, store: Store) -> dict[str, bytes]:
             if summary.key.endswith(".json")
         }
     except (ValueError, S3ClientError) as error:
+        stop.check()  # a stop ends the request too
         raise _unreadable(error) from error
 
 
@@ -362,10 +375,11 @@ def _leave_refusal(environ: Mapping[str, str]) -> None:
     if settings.runtime_output_bucket_name is not None:
         log = Log(level=settings.log_level)
         result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
-        leave_setup_result(settings, connect_store(settings, environ, log), result, log)
+        store = connect_store(settings, environ, log, Stop())
+        leave_setup_result(settings, store, result, log)
 
 
-def connect_store(settings: Settings, environ: Mapping[str, str], log: Log) -> Store:
+def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop: Stop) -> Store:
     """Return the object storage that the environment names."""
     return connect(
         environ,
@@ -377,6 +391,8 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log) -> S
             env=child_environment(environ, home=None),
             timeout=timedelta(seconds=timeout_seconds),
         ),
+        cancelled=lambda: stop.requested,
+        carried_bundle=settle(),
     )
 
 

@@ -8,13 +8,19 @@ import hmac
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from tests.support import UNPRIVILEGED_UID
 
 P = "GRAND_CHALLENGE_COMPONENT_"
 ROOT = Path(__file__).parents[2]
@@ -59,6 +65,10 @@ class Platform:
     bucket: str
     root: Path
     environ: dict[str, str] = field(default_factory=dict)
+    # What the shim is started by, such as a program that makes namespaces.
+    wrapper: Sequence[str] = ()
+    command_line: Sequence[str] = tuple(COMMAND)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("opt", "tmp"):
@@ -117,9 +127,30 @@ class Platform:
             **more,
         }
 
+    def leave_root(self) -> None:
+        """Have the shim run by somebody else than root, who can reach it and owns the job."""
+        checkout = self.root / "checkout"
+        shutil.copytree(ROOT / "shim", checkout / "shim")
+        self.environ["PYTHONPATH"] = str(checkout)
+        for path in (self.root, *self.root.rglob("*")):
+            os.chown(path, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+        # An interpreter below /root is not for everybody.
+        for python in (sys.executable, "/usr/bin/python3"):
+            self.command_line = COMMAND if COMMAND[-1] != "shim" else [python, "-m", "shim"]
+            self.identity = {
+                "user": UNPRIVILEGED_UID,
+                "group": UNPRIVILEGED_UID,
+                "extra_groups": [],
+            }
+            with suppress(PermissionError):
+                if self.run("--version").code == 0:
+                    return
+        pytest.skip("needs a shim that everybody can run, such as Debian's python3 for it")
+
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*COMMAND, *arguments],
+            [*self.wrapper, *self.command_line, *arguments],
+            **self.identity,
             env=self.environ,
             cwd=self.root,
             text=True,
