@@ -59,10 +59,8 @@ class DirectoryStore:
 
     def head(self, bucket: str, key: str) -> ObjectHead:
         """Describe an object; its ETag changes when it is replaced."""
-        try:
-            status = self._path(bucket, key, "HeadObject").stat()
-        except OSError as error:
-            raise _missing("HeadObject", bucket, key) from error
+        with self.open(bucket, key) as file:
+            status = os.fstat(file.fileno())
         described = self._metadata_path(bucket, key)
         metadata = json.loads(described.read_bytes()) if described and described.exists() else {}
         etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
@@ -87,7 +85,8 @@ class DirectoryStore:
         try:
             return self._path(bucket, key, "GetObject").open("rb")
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise _missing("GetObject", bucket, key) from error
+            message = "The specified key does not exist."
+            raise _error("GetObject", bucket, key, 404, "NoSuchKey", message) from error
 
     def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
         """Make path hold the object's bytes; on failure path is as it was."""
@@ -147,11 +146,6 @@ def _error(
         message=message,
         headers={},
     )
-
-
-def _missing(operation: str, bucket: str, key: str) -> ServiceError:
-    message = "The specified key does not exist."
-    return _error(operation, bucket, key, 404, "NoSuchKey", message)
 
 
 def _replace(path: Path, blocks: Iterator[bytes]) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -160,8 +159,8 @@ class Service:
         """Make attempts until one succeeds; raise the error of the last one."""
         cancelled = cancelled or self.cancelled
         attempts = attempts or self._attempts
-        failures: Counter[Kind] = Counter()
-        retry = resumes = 0
+        kinds: list[Kind] = []
+        failed = resumes = 0
         while True:
             reached = exchange.position
             credentials = self._credentials.get()
@@ -177,17 +176,18 @@ class Service:
             finally:
                 self._pace.leave(is_success=is_success)
             kind = retries.kind_of(error, now=now)
-            failures[kind] += 1
-            if exchange.position > reached and resumes < retries.RESUMES:
-                retry, resumes = 0, resumes + 1
             limit = retries.POLICIES[kind].limit
-            may_repeat = retry + 1 < attempts if limit is None else failures[kind] <= limit
+            kinds.append(kind)
+            if exchange.position > reached and resumes < retries.RESUMES:
+                failed, resumes = 0, resumes + 1
+            elif limit is None:
+                failed += 1
+            may_repeat = failed < attempts if limit is None else kinds.count(kind) <= limit
             if not (may_repeat and self._mend(kind, error, credentials, now)):
-                error.retries = retry
+                error.retries = failed - 1 if limit is None else failed
                 raise error
-            retry += limit is None
             self._log("DEBUG", f"Attempt failed: {error}")
-            self._wait(kind, error, retry, cancelled)
+            self._wait(kind, error, failed, cancelled)
 
     def wait(self, error: TransportError, retry: int) -> None:
         """Wait before retry number 1, 2, ... of something that failed outside perform()."""

@@ -1,6 +1,6 @@
 """Files to objects: in one request up to SINGLE_BYTES, in parts when larger.
 
-    | part 1 | part 2 | ... | part n <= 10,000 |    equal but for the last, and growing with the file
+    | part 1 | part 2 | ... | part n <= 10,000 |    equal but for the last, growing with the file
 
 Rule 1: every body carries its CRC32, over a connection that does not protect it also its SHA-256.
 Rule 2: the file is read twice, to sum and to send; one that changes in between is not stored.

@@ -1,0 +1,149 @@
+"""The store over directories, as strict about its bounds as S3 is about rights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shim.s3.client import connect
+from shim.s3.directory import DirectoryStore
+from shim.s3.errors import S3ClientError, ServiceError
+from shim.s3.store import ObjectSummary
+from shim.s3.transfer import Download, Transfers, Upload
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(tmp_path / "root")
+
+
+def test_a_file_url_selects_the_directory(tmp_path: Path) -> None:
+    store = connect(
+        {"AWS_S3_ENDPOINT_URL": f"file://{tmp_path}/with%20space"},
+        concurrency=1,
+        max_connections=1,
+        log=lambda level, message: None,
+        run_helper=lambda argv, seconds: b"",
+    )
+    store.put("bucket", "a/b", b"body")
+    assert b"body" == (tmp_path / "with space" / "bucket" / "a" / "b").read_bytes()
+
+
+def test_what_is_put_can_be_read_in_every_way(store: DirectoryStore, tmp_path: Path) -> None:
+    store.put("bucket", "/a//b c", b"body", metadata={"signature_hmac_sha256": "00"})
+    assert b"body" == store.get("bucket", "/a//b c", max_bytes=4)
+    head = store.head("bucket", "/a//b c")
+    assert (4, {"signature_hmac_sha256": "00"}) == (head.size, head.metadata)
+    with store.open("bucket", "/a//b c") as stream:
+        assert b"body" == stream.read()
+    store.download("bucket", "/a//b c", tmp_path / "copy")
+    assert b"body" == (tmp_path / "copy").read_bytes()
+
+
+def test_metadata_of_an_object_that_was_replaced_are_gone(store: DirectoryStore) -> None:
+    store.put("bucket", "key", b"", metadata={"a": "b"})
+    etag = store.head("bucket", "key").etag
+    store.put("bucket", "key", b"other")
+    assert {} == store.head("bucket", "key").metadata
+    assert etag != store.head("bucket", "key").etag
+
+
+def test_transfers_work_as_with_s3(store: DirectoryStore, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(3_000_000))
+    transfers = Transfers(store, concurrency=2, cancelled=lambda: False)
+    transfers.upload_all(
+        Upload(bucket="bucket", key=f"p/{n}", open=lambda: os.open(source, os.O_RDONLY))
+        for n in range(3)
+    )
+    transfers.download_all(
+        Download(bucket="bucket", key=item.key, path=tmp_path / item.key[2:])
+        for item in store.list("bucket", "p/")
+    )
+    assert {source.read_bytes()} == {(tmp_path / str(n)).read_bytes() for n in range(3)}
+
+
+def test_listings_have_the_order_of_keys_and_the_prefix_as_asked(store: DirectoryStore) -> None:
+    for key in ("p/b", "p/a/z", "p/a.txt", "p/é", "q/a", "pa"):
+        store.put("bucket", key, b"x", metadata={"a": "b"})
+    keys = [summary.key for summary in store.list("bucket", "p/")]
+    assert ["p/a.txt", "p/a/z", "p/b", "p/é"] == keys
+    assert ["p/a.txt", "p/a/z"] == [summary.key for summary in store.list("bucket", "p/a")]
+    assert ["/p/b"] == [summary.key for summary in store.list("bucket", "/p/b")]
+    assert 6 == len(list(store.list("bucket", "")))
+    assert [] == list(store.list("bucket", "no/"))
+    assert [] == list(store.list("nobucket", ""))
+
+
+def test_an_object_that_is_too_long_is_refused(store: DirectoryStore) -> None:
+    store.put("bucket", "key", b"12345")
+    with pytest.raises(S3ClientError, match="longer than 4 bytes"):
+        store.get("bucket", "key", max_bytes=4)
+
+
+CALLS: dict[str, Callable[[DirectoryStore, str], object]] = {
+    "get": lambda store, key: store.get("bucket", key, max_bytes=1),
+    "head": lambda store, key: store.head("bucket", key),
+    "open": lambda store, key: store.open("bucket", key),
+    "download": lambda store, key: store.download("bucket", key, Path("/dev/null")),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("key", ["no", "directory", "file/below"])
+def test_a_missing_object_is_told_as_by_s3(
+    store: DirectoryStore, call: Callable[[DirectoryStore, str], object], key: str
+) -> None:
+    store.put("bucket", "file", b"x")
+    store.put("bucket", "directory/file", b"x")
+    with pytest.raises(ServiceError, match=r"^An error occurred \(404\) when calling the HeadObj"):
+        call(store, key)
+
+
+OUTSIDE = ["..", "../other/key", "a/../../../etc/passwd", "a/..", "nul\0", "link/passwd"]
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+@pytest.mark.parametrize("bucket", ["bucket"])
+def test_keys_cannot_leave_their_bucket(
+    store: DirectoryStore, tmp_path: Path, bucket: str, key: str
+) -> None:
+    store.put(bucket, "file", b"x")
+    (tmp_path / "root" / "bucket" / "link").symlink_to("/etc")
+    for call in (
+        lambda: store.get(bucket, key, max_bytes=1),
+        lambda: store.put(bucket, key, b"", metadata={"a": "b"}),
+        lambda: list(store.list(bucket, f"{key}/")),
+    ):
+        with pytest.raises(ServiceError, match="InvalidArgument|HeadObject"):
+            call()
+    assert not (tmp_path / "root" / ".metadata").exists()
+
+
+@pytest.mark.parametrize("bucket", ["..", ".", ".metadata"])
+def test_what_is_no_bucket_is_none(store: DirectoryStore, bucket: str) -> None:
+    with pytest.raises(ServiceError, match="NoSuchBucket"):
+        store.put(bucket, "key", b"")
+
+
+def test_a_failed_download_leaves_nothing(store: DirectoryStore, tmp_path: Path) -> None:
+    store.put("bucket", "key", b"x")
+    with pytest.raises(OSError, match="directory"):
+        store.download("bucket", "key", tmp_path / "root")
+    assert ["root"] == os.listdir(tmp_path)
+
+
+def test_a_mapping_gives_each_bucket_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "file").write_bytes(b"body")
+    store = DirectoryStore.from_buckets({"input": tmp_path / "in", "output": tmp_path / "out"})
+    assert [ObjectSummary(key="file", size=4)] == list(store.list("input", ""))
+    store.put("output", "/a/b", b"result", metadata={"signature_hmac_sha256": "00"})
+    assert b"result" == (tmp_path / "out" / "a" / "b").read_bytes()
+    assert {} == store.head("output", "/a/b").metadata
+    assert {"in", "out"} == set(os.listdir(tmp_path))
+    with pytest.raises(ServiceError, match="NoSuchBucket"):
+        store.put("other", "key", b"")

@@ -1,0 +1,673 @@
+"""Files up and down: parts, resumption, checksums, and many of them at once."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shim.s3 import download, upload
+from shim.s3.checksums import combine_crc32
+from shim.s3.crew import Crew
+from shim.s3.errors import (
+    Cancelled,
+    IntegrityError,
+    ObjectChanged,
+    S3ClientError,
+    ServiceError,
+    TransportError,
+)
+from shim.s3.transfer import Download, Transfers, Upload
+from tests.fakes.s3_double import (
+    Exchange,
+    Fault,
+    Object,
+    S3Double,
+    answer_with,
+    drop,
+    lose_answer,
+    refuse,
+    truncate,
+    work,
+)
+from tests.s3_clients import Harness, build_harness, running_double
+from tests.support import poll
+
+PART = 100_000
+
+
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Double]:
+    """A double, and parts small enough to have many of them."""
+    monkeypatch.setattr(download, "PART_BYTES", PART)
+    monkeypatch.setattr(upload, "SINGLE_BYTES", 4 * PART)
+    monkeypatch.setattr(upload, "SMALLEST_PART_BYTES", PART)
+    monkeypatch.setattr(upload, "MIB", PART)
+    monkeypatch.setattr(upload, "IN_MEMORY_BYTES", PART // 2)
+    with running_double(smallest_part=PART) as double:
+        yield double
+
+
+@pytest.fixture
+def harness(double: S3Double) -> Harness:
+    return build_harness(double.url)
+
+
+def store(double: S3Double, size: int, *, key: str = "key", parts: int = 0) -> bytes:
+    body = os.urandom(size)
+    double.buckets["bucket"][key] = Object(body=body, parts=parts)
+    return body
+
+
+# --- downloads ---
+
+SIZES = [0, 1, PART, 2 * PART, 2 * PART + 1, 3 * PART, 10 * PART - 1, 30 * PART + 7]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("concurrency", [1, 6])
+def test_objects_of_any_size_arrive_whole(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int, concurrency: int
+) -> None:
+    body = store(double, size)
+    assert body == harness.download(tmp_path / "file", concurrency=concurrency)
+    assert ["file"] == os.listdir(tmp_path)
+    assert "HeadObject" not in double.operations()
+
+
+def test_a_small_object_costs_one_request(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    store(double, 2 * PART)
+    harness.download(tmp_path / "file")
+    assert ["GetObject"] == double.operations()
+
+
+def test_others_take_parts_of_a_large_object_from_its_end(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, 30 * PART)
+    event = threading.Event()
+
+    def slowly(exchange: Exchange) -> None:
+        head = f"HTTP/1.1 200 OK\r\nETag: {etag}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        exchange.wfile.write(head + body[:PART])
+        event.wait(10)
+        exchange.wfile.write(body[PART:])
+
+    etag = double.buckets["bucket"]["key"].etag
+    double.faults = [slowly]
+    threading.Thread(
+        target=lambda: (poll(lambda: len(double.seen) > 20), event.set()), daemon=True
+    ).start()
+    assert body == harness.download(tmp_path / "file")
+    ranges = [seen.headers["range"] for seen in double.seen[1:]]
+    assert f"bytes={29 * PART}-{30 * PART - 1}" == ranges[0]
+    assert {etag} == {seen.headers["if-match"] for seen in double.seen[1:]}
+    assert 4 >= double.most_active
+
+
+@pytest.mark.parametrize("size", [1, 30 * PART], ids=["one request", "parts"])
+def test_the_checksum_of_the_whole_is_verified(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int
+) -> None:
+    store(double, size)
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def lie(status: int, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+        headers["x-amz-checksum-crc32"] = "AAAAAQ=="
+        return status, body
+
+    double.faults = [answer_with(lie)] * 999
+    with pytest.raises(IntegrityError, match="s3://bucket/key does not have the crc32"):
+        harness.download(path)
+    assert (b"before", ["file"]) == (path.read_bytes(), os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha1"])
+@pytest.mark.parametrize("is_right", [True, False])
+def test_other_checksums_are_verified_too(
+    double: S3Double, harness: Harness, tmp_path: Path, algorithm: str, is_right: bool
+) -> None:
+    body = store(double, 5 * PART)
+    digest = hashlib.new(algorithm, body if is_right else b"").digest()
+
+    def announce(status: int, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+        headers.pop("x-amz-checksum-crc32", None)
+        headers[f"x-amz-checksum-{algorithm}"] = base64.b64encode(digest).decode()
+        return status, body
+
+    double.faults = [answer_with(announce)] * 999
+    if is_right:
+        assert body == harness.download(tmp_path / "file")
+        return
+    with pytest.raises(IntegrityError, match=algorithm):
+        harness.download(tmp_path / "file")
+
+
+def test_a_checksum_of_checksums_is_left_alone(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, 5 * PART, parts=3)
+    assert double.buckets["bucket"]["key"].crc32.endswith("-3")
+    assert body == harness.download(tmp_path / "file")
+
+
+def test_bodies_that_break_off_resume_at_the_byte_reached(double: S3Double, tmp_path: Path) -> None:
+    harness = build_harness(double.url, attempts=2)
+    body = store(double, 2 * PART)
+    double.faults = [truncate(70_000)] * 2 + [drop()] + [truncate(50_000)]
+    assert body == harness.download(tmp_path / "file")
+    starts = [seen.headers.get("range", "") for seen in double.seen]
+    assert ["", "bytes=70000-199999", *["bytes=140000-199999"] * 2] == starts[:4]
+    assert 1 == len(starts[4:])
+
+
+def test_parts_that_break_off_resume_at_the_byte_reached(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, 30 * PART)
+    double.faults = [work] + [truncate(PART // 3), truncate(0), refuse(500), work] * 5
+    assert body == harness.download(tmp_path / "file")
+
+
+def test_resuming_is_not_endless(double: S3Double, tmp_path: Path) -> None:
+    harness = build_harness(double.url, attempts=2)
+    store(double, 100)
+    double.faults = [truncate(1)] * 999
+    with pytest.raises(TransportError):
+        harness.download(tmp_path / "file")
+    assert 20 < len(double.seen) < 30
+
+
+def change_after(double: S3Double, body: bytes) -> Fault:
+    """Answer half of the old object when another is in its place already."""
+
+    def fault(exchange: Exchange) -> None:
+        old = double.buckets["bucket"]["key"]
+        double.buckets["bucket"]["key"] = Object(body=body)
+        exchange._object = lambda: old  # type: ignore[method-assign]
+        truncate(60_000)(exchange)
+
+    return fault
+
+
+def ignore(name: str) -> Fault:
+    """Answer as if a header field had not been sent."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange._verify(exchange.body())
+        exchange.fields.pop(name)
+        exchange._GetObject(b"")
+
+    return fault
+
+
+def test_an_object_that_changed_is_fetched_once_more_from_the_start(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    store(double, PART)
+    double.faults = [change_after(double, b"b" * PART)]
+    assert b"b" * PART == harness.download(tmp_path / "file")
+    store(double, PART)
+    double.faults = [change_after(double, b"b" * PART), work, change_after(double, b"c" * PART)]
+    with pytest.raises(ObjectChanged, match="s3://bucket/key was replaced"):
+        harness.download(tmp_path / "file2")
+    assert ["file"] == os.listdir(tmp_path)
+
+
+def test_a_change_is_noticed_where_the_server_ignores_if_match(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    store(double, PART)
+    double.faults = [change_after(double, b"b" * PART), ignore("if-match")]
+    assert b"b" * PART == harness.download(tmp_path / "file")
+
+
+def test_an_object_that_became_shorter_is_fetched_once_more(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    store(double, PART)
+    double.faults = [change_after(double, b"short"), ignore("if-match")]
+    assert b"short" == harness.download(tmp_path / "file")
+
+
+def with_headers(**changes: str) -> Fault:
+    def change(status: int, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+        headers.update({name.replace("_", "-"): value for name, value in changes.items()})
+        return status, body
+
+    return answer_with(change)
+
+
+@pytest.mark.parametrize(
+    "content_range",
+    ["bytes 0-49999/100000", "bytes 50000-99998/100000", "bytes 50001-99999/100000", "items 1"],
+)
+def test_an_answer_with_another_range_is_never_written(
+    double: S3Double, harness: Harness, tmp_path: Path, content_range: str
+) -> None:
+    body = store(double, PART)
+    double.faults = [truncate(50_000), with_headers(Content_Range=content_range)]
+    if content_range.startswith("bytes"):
+        assert body == harness.download(tmp_path / "file")
+        assert 3 == len(double.seen)
+        return
+    with pytest.raises(S3ClientError, match="ignores ranges"):
+        harness.download(tmp_path / "file")
+
+
+def test_a_server_that_ignores_ranges_cannot_mix_an_object(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    store(double, PART)
+    double.faults = [truncate(50_000), ignore("range")]
+    with pytest.raises(S3ClientError, match="ignores ranges"):
+        harness.download(tmp_path / "file")
+    assert [] == os.listdir(tmp_path)
+
+
+def test_status_200_with_a_content_range_is_a_range(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, PART)
+    double.faults = [truncate(50_000), answer_with(lambda status, body, headers: (200, body))]
+    assert body == harness.download(tmp_path / "file")
+
+
+def test_an_answer_without_a_length_is_refused(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    def send_until_closed(exchange: Exchange) -> None:
+        exchange.wfile.write(b"HTTP/1.1 200 OK\r\n\r\nhalf of")
+        exchange.drop()
+
+    double.faults = [send_until_closed] * 5
+    with pytest.raises(TransportError, match="does not tell the object's length"):
+        harness.download(tmp_path / "file")
+
+
+def test_a_failed_download_leaves_nothing_and_touches_nothing(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    double.faults = [refuse(403, "AccessDenied")]
+    with pytest.raises(ServiceError, match="AccessDenied"):
+        harness.download(path)
+    assert (b"before", ["file"]) == (path.read_bytes(), os.listdir(tmp_path))
+
+
+def test_a_missing_directory_is_an_error_of_the_file_system(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    store(double, 1)
+    with pytest.raises(FileNotFoundError):
+        harness.download(tmp_path / "no" / "file")
+    assert [] == double.seen
+
+
+def test_an_error_of_the_file_system_is_raised_as_such(
+    double: S3Double, harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store(double, 30 * PART)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        harness.download(tmp_path / "file")
+    assert [] == os.listdir(tmp_path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.binary(max_size=300), max_size=8))
+def test_checksums_of_parts_combine_to_that_of_the_whole(parts: list[bytes]) -> None:
+    whole = zlib.crc32(b"".join(parts))
+    assert whole == combine_crc32((zlib.crc32(part), len(part)) for part in parts)
+
+
+def test_checksums_of_zeros_combine_over_terabytes() -> None:
+    part = zlib.crc32(bytes(1 << 20))
+    doubled = combine_crc32([(part, 1 << 20)] * 2)
+    assert zlib.crc32(bytes(2 << 20)) == doubled
+    assert combine_crc32([(doubled, 2 << 20)] * 5000) == combine_crc32([(part, 1 << 20)] * 10_000)
+
+
+# --- uploads ---
+
+
+@pytest.mark.parametrize("size", [0, 1, PART, 4 * PART, 4 * PART + 1, 30 * PART + 7])
+@pytest.mark.parametrize("concurrency", [1, 6])
+def test_files_of_any_size_are_stored_whole(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int, concurrency: int
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(size))
+    harness.upload(source, "a b/é", concurrency=concurrency)
+    assert source.read_bytes() == double.buckets["bucket"]["a b/é"].body
+    assert {} == double.uploads
+    sent = [s for s in double.seen if s.operation in ("PutObject", "UploadPart")]
+    assert all("x-amz-checksum-crc32" in seen.headers for seen in sent)
+    assert (1 if size <= 4 * PART else -(-size // PART)) == len(sent)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(os.urandom(6 * PART))
+    return path
+
+
+def test_parts_carry_no_checksum_at_the_end_that_the_server_did_not_return(
+    double: S3Double, harness: Harness, source: Path
+) -> None:
+    def forget(exchange: Exchange) -> None:
+        exchange.answer()
+        for begun in double.uploads.values():
+            begun.has_checksums = False
+
+    def take(exchange: Exchange) -> None:
+        exchange.fields.pop("x-amz-checksum-crc32")
+        exchange.server.uploads[exchange.query["uploadId"]].parts[
+            int(exchange.query["partNumber"])
+        ] = (body := exchange.body())
+        exchange.send(200, b"", {"ETag": Object(body=body).etag})
+
+    double.faults = [forget, *[take] * 6]
+    harness.upload(source)
+    assert source.read_bytes() == double.buckets["bucket"]["key"].body
+
+
+FAULTS = {
+    "throttled": [refuse(503, "SlowDown")] * 3,
+    "damaged": [work, refuse(400, "BadDigest"), work, work],
+    "dropped": [work, drop(), drop(reset=True), drop()],
+    "lost answers": [work, lose_answer, lose_answer, work],
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
+def test_parts_are_repeated(
+    double: S3Double, harness: Harness, source: Path, faults: list[Fault]
+) -> None:
+    double.faults = list(faults)
+    harness.upload(source)
+    assert source.read_bytes() == double.buckets["bucket"]["key"].body
+
+
+def on_complete(fault: Fault) -> list[Fault]:
+    return [*[work] * 7, fault]
+
+
+def test_a_lost_answer_to_complete_is_found_out_by_asking(
+    double: S3Double, harness: Harness, source: Path
+) -> None:
+    double.faults = on_complete(lose_answer)
+    harness.upload(source)
+    assert source.read_bytes() == double.buckets["bucket"]["key"].body
+    expected = ["CompleteMultipartUpload", "CompleteMultipartUpload", "HeadObject"]
+    assert expected == double.operations()[-3:]
+
+
+def test_an_upload_that_vanished_is_an_error(
+    double: S3Double, harness: Harness, source: Path
+) -> None:
+    def vanish(exchange: Exchange) -> None:
+        double.uploads.clear()
+        exchange.body()
+        exchange.drop()
+
+    store(double, 6 * PART)
+    double.faults = on_complete(vanish)
+    with pytest.raises(ServiceError, match="NoSuchUpload"):
+        harness.upload(source)
+
+
+def error_despite_200(exchange: Exchange) -> None:
+    exchange.body()
+    document = b"\n \n<?xml version='1.0'?><Error><Code>InternalError</Code></Error>"
+    exchange.send(200, document)
+
+
+def blanks(exchange: Exchange) -> None:
+    exchange.body()
+    exchange.send(200, b"  \n")
+
+
+def silence(exchange: Exchange) -> None:
+    exchange.body()
+    exchange.send(200)
+
+
+@pytest.mark.parametrize("fault", [error_despite_200, blanks, silence])
+def test_a_200_that_is_none_is_repeated(
+    double: S3Double, harness: Harness, source: Path, fault: Fault
+) -> None:
+    double.faults = on_complete(fault)
+    harness.upload(source)
+    assert source.read_bytes() == double.buckets["bucket"]["key"].body
+
+
+def test_an_error_despite_200_is_told_by_its_code(
+    double: S3Double, harness: Harness, source: Path
+) -> None:
+    double.faults = on_complete(error_despite_200) + [error_despite_200] * 4
+    with pytest.raises(ServiceError, match=r"\(InternalError\).*CompleteMultipartUpload"):
+        harness.upload(source)
+    assert {} == double.uploads
+
+
+@pytest.mark.parametrize("aborted_at_first", [True, False])
+def test_parts_of_a_failed_upload_are_taken_back(
+    double: S3Double, harness: Harness, source: Path, aborted_at_first: bool
+) -> None:
+    double.faults = [work, work, refuse(403, "AccessDenied"), work]
+    double.faults += [] if aborted_at_first else [refuse(500)]
+    with pytest.raises(ServiceError, match="AccessDenied"):
+        harness.upload(source, concurrency=1)
+    assert {} == double.uploads
+    assert "AbortMultipartUpload" == double.operations()[-1]
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [shrink, touch])
+def test_a_file_that_changes_between_sum_and_sending_is_not_stored(
+    double: S3Double, source: Path, change: Callable[[Path], None]
+) -> None:
+    fd = os.open(source, os.O_RDONLY)
+    body = upload.FileBody(fd, start=0, size=PART, with_sha256=False)
+    assert source.read_bytes()[:PART] == b"".join(map(bytes, body.blocks()))
+    change(source)
+    with pytest.raises(ObjectChanged):
+        list(body.blocks())
+    os.close(fd)
+
+
+def test_a_file_that_grows_while_parts_are_sent_is_not_stored(
+    double: S3Double, harness: Harness, source: Path
+) -> None:
+    def grow(exchange: Exchange) -> None:
+        with source.open("ab") as file:
+            file.write(b"more")
+        exchange.answer()
+
+    double.faults = [work, grow]
+    with pytest.raises(ObjectChanged):
+        harness.upload(source)
+    assert ({}, {}) == (double.buckets["bucket"], double.uploads)
+
+
+TIB, GIB, MIB = 1 << 40, 1 << 30, 1 << 20
+PLANS = [
+    (17 * MIB, 16 * MIB),
+    (160_000 * MIB, 16 * MIB),
+    (160_000 * MIB + 1, 17 * MIB),
+    (5 * TIB, 525 * MIB),
+    (10_000 * 5 * GIB, 5 * GIB),
+]
+
+
+@pytest.mark.parametrize(("size", "expected"), PLANS)
+def test_parts_grow_with_the_file(size: int, expected: int) -> None:
+    assert expected == upload.part_bytes(size)
+
+
+@given(st.integers(min_value=16 * MIB, max_value=10_000 * 5 * GIB))
+def test_every_plan_is_one_that_s3_takes(size: int) -> None:
+    length = upload.part_bytes(size)
+    assert 5 * MIB <= length <= 5 * GIB
+    assert -(-size // length) <= 10_000
+
+
+def test_more_than_s3_can_hold_is_refused() -> None:
+    with pytest.raises(S3ClientError, match="larger than S3 can hold"):
+        upload.part_bytes(10_000 * 5 * GIB + 1)
+
+
+# --- many at once ---
+
+
+def downloads(double: S3Double, directory: Path, number: int) -> Iterator[Download]:
+    for n in range(number):
+        store(double, 10, key=str(n))
+        yield Download(bucket="bucket", key=str(n), path=directory / str(n))
+
+
+def transfers(harness: Harness, **options: object) -> Transfers:
+    arguments = {"concurrency": 4, "cancelled": lambda: False, **options}
+    return Transfers(harness.client, **arguments)  # type: ignore[arg-type]
+
+
+def test_no_more_requests_are_under_way_than_allowed(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    threads = threading.active_count()
+    for n in range(3):
+        store(double, 30 * PART, key=f"large{n}")
+    large = [Download(bucket="bucket", key=f"large{n}", path=tmp_path / f"l{n}") for n in range(3)]
+    small = list(downloads(double, tmp_path, 50))
+    transfers(harness).download_all([*small, *large])
+    assert 53 == len(os.listdir(tmp_path))
+    assert 2 <= double.most_active <= 4
+    poll(lambda: threads + double.connections >= threading.active_count())
+
+
+def test_lists_are_read_as_threads_become_free(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    ahead = []
+
+    def watched() -> Iterator[Download]:
+        for number, item in enumerate(downloads(double, tmp_path, 200)):
+            ahead.append(number - len(double.seen))
+            yield item
+
+    transfers(harness).download_all(watched())
+    assert 200 == len(os.listdir(tmp_path))
+    assert max(ahead) <= 4
+
+
+def test_the_first_error_stops_an_endless_list(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    def endless() -> Iterator[Download]:
+        yield from downloads(double, tmp_path, 10)
+        while True:
+            yield Download(bucket="bucket", key="missing", path=tmp_path / "missing")
+
+    with pytest.raises(ServiceError, match="NoSuchKey"):
+        transfers(harness).download_all(endless())
+    assert len(double.seen) < 30
+
+
+def test_an_error_of_the_list_itself_is_raised(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    def torn() -> Iterator[Download]:
+        yield from downloads(double, tmp_path, 3)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        transfers(harness).download_all(torn())
+
+
+def test_nothing_to_do_is_done(harness: Harness) -> None:
+    transfers(harness).download_all([])
+    transfers(harness).upload_all([])
+
+
+def test_a_stop_ends_what_is_under_way(double: S3Double, harness: Harness, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def stall(exchange: Exchange) -> None:
+        stop.set()
+        stalled.wait(10)
+        exchange.answer()
+
+    stalled = threading.Event()
+    double.faults = [stall] * 4
+    with pytest.raises(Cancelled):
+        transfers(harness, cancelled=stop.is_set).download_all(downloads(double, tmp_path, 9))
+    stalled.set()
+    assert [] == os.listdir(tmp_path)
+
+
+def test_descriptors_are_closed_whatever_happens(
+    double: S3Double, harness: Harness, source: Path
+) -> None:
+    opened: list[int] = []
+
+    def open_source() -> int:
+        opened.append(os.open(source, os.O_RDONLY))
+        return opened[-1]
+
+    uploads = [Upload(bucket=b, key="k", open=open_source) for b in ("bucket", "nobucket")]
+    with pytest.raises(ServiceError, match="NoSuchBucket"):
+        transfers(harness, concurrency=1).upload_all(uploads)
+    for fd in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_a_system_without_threads_is_served_by_the_caller(
+    double: S3Double, harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = list(downloads(double, tmp_path, 5))
+    store(double, 30 * PART, key="4")
+
+    def refuse_start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse_start)
+        crew = Crew(concurrency=4, cancelled=lambda: False)
+        steps = iter(items)
+        done: list[Download] = []
+        crew.run(lambda: bool((item := next(steps, None)) and not done.append(item)))
+    assert items == done
+
+
+def test_the_stack_size_of_other_threads_is_left_alone(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    before = threading.stack_size()
+    transfers(harness).download_all(downloads(double, tmp_path, 20))
+    assert before == threading.stack_size()
