@@ -120,6 +120,14 @@ def build_parser() -> Parser:
     run.add_argument(
         "cmd", nargs="*", metavar="CMD", help="the command, after --; default: the image's"
     )
+
+    check = commands.add_parser("check", help="say what would go wrong, and change nothing")
+    check.set_defaults(run=run_check)
+    check.add_argument(
+        "-f", "--tasks-file", metavar="URI", help="also look at this task list, as in invoke --file"
+    )
+    check.add_argument("--log-format", choices=("json", "text"), help="as in run")
+    check.add_argument("cmd", nargs="*", metavar="CMD", help="as in run")
     return parser
 
 
@@ -310,6 +318,35 @@ def _scratch() -> Iterator[Path | None]:
 
     with TemporaryDirectory(prefix="sagemaker-shim-") as directory:
         yield Path(directory)
+
+
+def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
+    """Say what would go wrong; 0 when nothing certainly would."""
+    from shim import preflight
+
+    file = arguments.tasks_file
+
+    def connect(settings: Settings) -> Store:
+        # The metadata of a machine that is none of Amazon's keep us waiting.
+        brief = {"AWS_METADATA_SERVICE_TIMEOUT": "1", "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "1"}
+        return connect_store(settings, {**environ, **brief}, Log(level="CRITICAL"), stop)
+
+    def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
+        is_remote = file.startswith(("s3://", "https://"))
+        return _parse(_read_remote(file, store, stop) if is_remote else _read_local(None, file))
+
+    log = Log(style=arguments.log_format or ("text" if sys.stdout.isatty() else "json"))
+    code = 0
+    for finding in preflight.examine(
+        environ,
+        cmd=tuple(arguments.cmd),
+        connect=connect,
+        read_tasks=read_tasks if file else None,
+    ):
+        stop.check()
+        preflight.tell(finding, log)
+        code |= finding.level == preflight.ERROR
+    return code
 
 
 def _read_local(text: str | None, file: str) -> dict[str, bytes]:

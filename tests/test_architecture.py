@@ -23,7 +23,7 @@ logs frozen users executables descendants launch relay process workspace archive
 s3.crew s3.buffers s3.store s3.http1 s3.transport s3.credential_sources s3.credentials
 s3.operations s3.download s3.upload
 s3.directory s3.client s3.transfer
-modes runner runtime rehearsal
+modes runner runtime preflight rehearsal
 server service
 cli __main__
 """.split()

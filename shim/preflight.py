@@ -1,0 +1,457 @@
+"""Find what would go wrong in a run before it does.
+
+Rule 1: what the run decides is asked of the code that the run uses, not decided again.
+Rule 2: nothing is made, removed or written, on disk or in a bucket; nothing of the user's is run.
+Rule 3: an error says that the run would fail, a warning that it may; both say what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from shim.command import resolve_argv
+from shim.errors import InvalidSettings, UsageError, UserSafeError
+from shim.modes import resolve_spec
+from shim.process import MemoryEvents, start
+from shim.s3.client import S3Client
+from shim.s3.endpoints import configured_endpoint_url
+from shim.s3.errors import S3ClientError, ServiceError
+from shim.settings import PREFIX, VARIABLES, Settings
+from shim.tasks import InferenceIO, InferenceTask
+from shim.users import User, resolve_user
+from shim.workspace import is_mount_point
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.logs import Log
+    from shim.s3.store import Store
+
+OK, WARNING, ERROR = "ok", "warning", "error"
+LOG_LEVELS = {OK: "INFO", WARNING: "WARNING", ERROR: "ERROR"}
+
+MIB = 1024 * 1024
+MOST_INPUTS = 100
+# What container engines give unless they are asked for more.
+USUAL_SHARED_MEMORY_BYTES = 64 * MIB
+SHARED_MEMORY = Path("/dev/shm")
+UNREADABLE = "check the key, and that the credentials may read it"
+MOUNTS = Path("/proc/self/mountinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found, as one line; `level` is OK, WARNING or ERROR."""
+
+    level: str
+    subject: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.level:8} {self.subject:13} {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Situation:
+    """What the run would start with; `read_tasks` is None where no task list is given."""
+
+    settings: Settings
+    environ: Mapping[str, str] = field(repr=False)
+    connect: Callable[[Settings], Store]
+    read_tasks: Callable[[Store], tuple[InferenceTask, ...]] | None = None
+
+    @property
+    def names_objects(self) -> bool:
+        """Tell whether the run needs a bucket, as far as is known here."""
+        settings = self.settings
+        named = settings.model, settings.ground_truth, settings.runtime_output_bucket_name
+        return self.read_tasks is not None or any(named)
+
+
+def examine(
+    environ: Mapping[str, str],
+    *,
+    cmd: tuple[str, ...],
+    connect: Callable[[Settings], Store],
+    read_tasks: Callable[[Store], tuple[InferenceTask, ...]] | None,
+) -> Iterator[Finding]:
+    """Yield what every check finds.
+
+    - cmd: replaces the image's entrypoint and command unless it is empty
+    - connect, read_tasks: what the run would use; read_tasks is None where no list is given
+    """
+    yield from check_variables(environ)
+    try:
+        settings = Settings.from_environ(environ)
+    except InvalidSettings:
+        yield Finding(WARNING, "variables", "nothing else is checked before these are valid")
+        return
+    if cmd:
+        settings = replace(settings, entrypoint=None, cmd=cmd)
+    situation = Situation(
+        settings=settings, environ=environ, connect=connect, read_tasks=read_tasks
+    )
+    for check in CHECKS:
+        try:
+            yield from check(situation)
+        except (OSError, S3ClientError) as error:
+            subject = check.__name__.removeprefix("check_").replace("_", " ")
+            yield Finding(ERROR, subject, f"could not be checked: {error}")
+
+
+def tell(finding: Finding, log: Log) -> None:
+    """Write a finding as a line for people, or as the shim's own line of its level."""
+    message = " ".join(finding.message.splitlines())
+    if log.is_text:
+        line = f"{replace(finding, message=message)}\n"
+        log.write("stdout", line.encode("utf-8", "backslashreplace"))
+    else:
+        level = LOG_LEVELS[finding.level]
+        log.lines([f"{finding.subject}: {message}"], level=level, internal=True, task=None)
+
+
+def check_variables(environ: Mapping[str, str]) -> Iterator[Finding]:
+    known = {variable.name for variable in VARIABLES.values()}
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known:
+            yield Finding(WARNING, "variables", f"{name!r} is not known: check how it is spelt")
+    try:
+        settings = Settings.from_environ(environ)
+    except InvalidSettings as error:
+        for problem in error.problems:
+            yield Finding(ERROR, "variables", str(problem))
+        return
+    for warning in settings.warnings:
+        yield Finding(WARNING, "variables", warning)
+    yield Finding(OK, "variables", f"{len(known & environ.keys())} are set, all valid")
+
+
+def check_privileges(_: Situation) -> Iterator[Finding]:
+    if os.geteuid() == 0:
+        yield Finding(OK, "privileges", "the shim runs as root")
+        return
+    yield Finding(
+        WARNING,
+        "privileges",
+        f"the shim runs as uid {os.geteuid()} and can neither switch users nor make the "
+        "directories of the platform: start the container as root",
+    )
+
+
+def check_user(situation: Situation) -> Iterator[Finding]:
+    wanted = situation.settings.user
+    try:
+        user = resolve_user(wanted)
+    except UserSafeError as error:
+        message = f"{error}, found {wanted!r}: create it in the image, or name another"
+        yield Finding(ERROR, "user", message)
+        return
+    if user == User():
+        yield Finding(OK, "user", f"none is set: the command runs as uid {os.geteuid()}")
+        return
+    groups = ", ".join(map(str, user.groups))
+    message = f"{wanted!r} is uid {user.uid}, gid {user.gid}, groups {groups}, home {user.home!r}"
+    yield Finding(OK, "user", message)
+
+
+def check_argv(situation: Situation) -> Iterator[Finding]:
+    settings = situation.settings
+    try:
+        argv = resolve_argv(entrypoint=settings.entrypoint, cmd=settings.cmd)
+    except UserSafeError as error:
+        yield Finding(ERROR, "argv", f"{error}: set one of them, or give a command after --")
+        return
+    yield Finding(OK, "argv", f"{list(argv)}")
+
+
+def check_command(situation: Situation) -> Iterator[Finding]:
+    """Have the kernel say whether it would execute the command as the user."""
+    try:
+        spec = resolve_spec(situation.settings, situation.environ)
+    except UserSafeError:
+        return  # said by the checks of its parts
+    path = {name: value for name, value in spec.env.items() if name == "PATH"}
+    try:
+        trial = start(replace(spec, argv=spec.argv[:1], env=path, is_trial=True))
+    except UserSafeError as error:
+        yield Finding(ERROR, "command", str(error))
+        return
+    trial.end()
+    for fd in (trial.stdout_fd, trial.stderr_fd):
+        os.close(fd)
+    machine = os.uname().machine
+    message = f"the user may execute {spec.argv[0]!r}, a program for this machine ({machine})"
+    yield Finding(OK, "command", message)
+
+
+def check_input(situation: Situation) -> Iterator[Finding]:
+    settings = situation.settings
+    path = settings.input_path
+    if not settings.use_linked_input or is_mount_point(path):
+        yield from _judge("input", path, _find_obstacle(path), "is used in place")
+        return
+    parent = settings.linked_input_parent
+    obstacle = _find_obstacle(path.parent, follow=True) or _find_obstacle(parent, follow=True)
+    yield from _judge("input", path, obstacle, f"becomes a link to a directory below {parent}")
+
+
+def check_output(situation: Situation) -> Iterator[Finding]:
+    path = situation.settings.output_path
+    yield from _judge("output", path, _find_obstacle(path), "can be emptied or made")
+    user = _find_user(situation)
+    if path.is_dir() and not _may_write(path, user):
+        yield Finding(
+            WARNING,
+            "output",
+            f"{path} is there, and not writable for uid {user.uid}: "
+            "remove it from the image, or let the user write into it (chmod)",
+        )
+
+
+def check_writable(situation: Situation) -> Iterator[Finding]:
+    """Look at the writable directories, where the run only warns, and those of archives."""
+    settings = situation.settings
+    obstacles = {}
+    for path in settings.writable_directories:
+        follow = path.is_symlink() and path.lstat().st_uid == 0
+        obstacles[path] = WARNING, _find_obstacle(path, follow=follow)
+    for source, path in (
+        (settings.model, settings.model_dest),
+        (settings.ground_truth, settings.ground_truth_dest),
+    ):
+        if source is not None:
+            obstacles[path] = ERROR, _find_obstacle(path, follow=True)
+    for path, (level, obstacle) in obstacles.items():
+        if obstacle:
+            message = f"{path} cannot be made writable: {obstacle}"
+            yield Finding(level, "writable", message)
+    good = [str(path) for path, (_, obstacle) in obstacles.items() if not obstacle]
+    if good:
+        yield Finding(OK, "writable", f"can be made or are there: {', '.join(good)}")
+
+
+def check_temporary(situation: Situation) -> Iterator[Finding]:
+    path = Path(situation.environ.get("TMPDIR") or "/tmp")
+    user = _find_user(situation)
+    if not path.is_dir():
+        if path not in situation.settings.writable_directories:
+            message = f"{path} is not a directory: make it in the image, or set another TMPDIR"
+            yield Finding(WARNING, "temporary", message)
+    elif path not in situation.settings.writable_directories and not _may_write(path, user):
+        message = f"{path} is not writable for uid {user.uid}: let it be (chmod 1777)"
+        yield Finding(WARNING, "temporary", message)
+    else:
+        free = os.statvfs(path)
+        mib = free.f_bavail * free.f_frsize // MIB
+        yield Finding(OK, "temporary", f"{path} has {mib} MiB free")
+
+
+def check_shared_memory(_: Situation, path: Path = SHARED_MEMORY) -> Iterator[Finding]:
+    advice = "what shares memory, such as PyTorch's data loaders, fails; set --shm-size"
+    if not path.is_dir():
+        yield Finding(WARNING, "shared memory", f"{path} is missing: {advice}")
+        return
+    file_system = os.statvfs(path)
+    size = file_system.f_blocks * file_system.f_frsize
+    if size < USUAL_SHARED_MEMORY_BYTES:
+        yield Finding(WARNING, "shared memory", f"{path} has {size // MIB} MiB: {advice}")
+        return
+    yield Finding(OK, "shared memory", f"{path} has {size // MIB} MiB")
+
+
+def check_memory(situation: Situation, cgroup: MemoryEvents | None = None) -> Iterator[Finding]:
+    wanted_mib = situation.settings.max_memory_mb
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = (cgroup or MemoryEvents()).read_limit_bytes() or machine
+    there = f"{min(machine, limit) // MIB} MiB that are there"
+    if wanted_mib * MIB > min(machine, limit):
+        message = (
+            f"the limit of {wanted_mib} MiB is beyond the {there}: the kernel would end the "
+            "command before it meets the limit; lower it, or take a larger machine"
+        )
+        yield Finding(WARNING, "memory", message)
+    elif wanted_mib:
+        yield Finding(OK, "memory", f"the command may have {wanted_mib} MiB of the {there}")
+    else:
+        yield Finding(OK, "memory", f"no limit is set for the command, of the {there}")
+
+
+def check_storage(situation: Situation) -> Iterator[Finding]:
+    """Look at what reaches the buckets, then at the objects that are named."""
+    store = situation.connect(situation.settings)
+    try:
+        is_ready = True
+        if isinstance(store, S3Client):
+            yield from _check_authorities(store, situation)
+            is_ready = yield from _check_credentials(store, situation)
+        else:
+            yield Finding(OK, "storage", "a directory: needs no network and no credentials")
+        tasks = yield from _check_tasks(store, situation)
+        if is_ready:
+            yield from _check_archives(store, situation.settings)
+            yield from _check_inputs(store, [item for task in tasks for item in task.inputs])
+    finally:
+        store.close()
+
+
+CHECKS = (
+    check_privileges,
+    check_user,
+    check_argv,
+    check_command,
+    check_input,
+    check_output,
+    check_writable,
+    check_temporary,
+    check_shared_memory,
+    check_memory,
+    check_storage,
+)
+
+
+def _check_authorities(store: S3Client, situation: Situation) -> Iterator[Finding]:
+    url = configured_endpoint_url(situation.environ, {}, service="s3") or "https:"
+    level = ERROR if situation.names_objects and url.startswith("https:") else WARNING
+    try:
+        count = store.trust.context().cert_store_stats()["x509"]
+    except S3ClientError as error:
+        yield Finding(level, "authorities", f"{error}: name another in AWS_CA_BUNDLE")
+        return
+    if count or os.path.isdir(store.trust.source):
+        yield Finding(OK, "authorities", f"{count} certificates, read from {store.trust.source}")
+        return
+    advice = "install ca-certificates in the image, or name a bundle in AWS_CA_BUNDLE"
+    yield Finding(level, "authorities", f"no certificates, {store.trust.source}: {advice}")
+
+
+def _check_credentials(store: S3Client, situation: Situation) -> Generator[Finding, None, bool]:
+    """Return whether there are any."""
+    try:
+        yield Finding(OK, "credentials", store.find_credentials())
+        return True
+    except S3ClientError as error:
+        level = ERROR if situation.names_objects else WARNING
+        yield Finding(level, "credentials", f"{error}: the run could reach no bucket")
+        return False
+
+
+def _check_archives(store: Store, settings: Settings) -> Iterator[Finding]:
+    for subject, location in (("model", settings.model), ("ground truth", settings.ground_truth)):
+        if location is not None:
+            try:
+                size = store.head(location.bucket, location.key).size
+            except ServiceError as error:
+                yield Finding(ERROR, subject, f"{error}: {UNREADABLE}")
+            else:
+                yield Finding(OK, subject, f"{location} has {size} bytes")
+    places = settings.runtime_output_bucket_name, settings.runtime_output_prefix
+    if all(places):
+        place = f"s3://{places[0]}/{places[1]}"
+        yield Finding(OK, "set-up result", f"goes below {place!r}; writing is not tried")
+    elif any(places):
+        message = "goes nowhere: set both its bucket and its prefix, or neither"
+        yield Finding(WARNING, "set-up result", message)
+
+
+def _check_tasks(
+    store: Store, situation: Situation
+) -> Generator[Finding, None, tuple[InferenceTask, ...]]:
+    """Return the tasks; none where no list is given, or it is not valid."""
+    if situation.read_tasks is None:
+        return ()
+    try:
+        tasks = situation.read_tasks(store)
+    except UsageError as error:
+        for line in filter(None, str(error).splitlines()):
+            yield Finding(ERROR, "tasks", line)
+        return ()
+    yield Finding(OK, "tasks", f"{len(tasks)} in the list, which is valid")
+    buckets = ", ".join(sorted({task.output_bucket_name for task in tasks}))
+    yield Finding(OK, "outputs", f"go to {buckets}; writing is not tried")
+    return tasks
+
+
+def _check_inputs(store: Store, inputs: list[InferenceIO]) -> Iterator[Finding]:
+    if not inputs:
+        return
+    looked_at = inputs[:MOST_INPUTS]
+    found = 0
+    for item in looked_at:
+        try:
+            if not item.is_prefix:
+                store.head(item.bucket_name, item.bucket_key)
+            elif next(iter(store.list(item.bucket_name, item.bucket_key)), None) is None:
+                place = f"s3://{item.bucket_name}/{item.bucket_key}"
+                yield Finding(WARNING, "inputs", f"nothing lies below {place!r}: check the prefix")
+        except ServiceError as error:
+            yield Finding(ERROR, "inputs", f"{error}: {UNREADABLE}")
+        else:
+            found += 1
+    others = len(inputs) - len(looked_at)
+    rest = f"; the other {others} are not looked at" if others else ""
+    yield Finding(OK, "inputs", f"{found} of {len(looked_at)} can be read{rest}")
+
+
+def _judge(subject: str, path: Path, obstacle: str, fate: str) -> Iterator[Finding]:
+    """Say whether a directory that each task begins with can be had, and what it costs."""
+    is_link = path.is_symlink()
+    mounts = [] if is_link else _find_mounts(path)
+    if obstacle:
+        yield Finding(ERROR, subject, f"{path} cannot be made empty: {obstacle}")
+    elif mounts:
+        message = f"{path} cannot be made empty: {mounts[0]!r} is mounted in it; unmount it"
+        yield Finding(ERROR, subject, message)
+    elif path.is_dir() and not is_link and os.listdir(path):
+        message = f"{path} is not empty: each task begins by emptying it"
+        yield Finding(WARNING, subject, message)
+    else:
+        yield Finding(OK, subject, f"{path} {fate}")
+
+
+def _find_obstacle(path: Path, *, follow: bool = False) -> str:
+    """Say why a directory cannot be made or changed, and what to do; "" when it can."""
+    if path.is_symlink() and not follow:
+        return "it is a link; put a directory in its place"
+    here = path
+    while not os.path.lexists(here):
+        here = here.parent
+    if not here.is_dir():
+        return f"{here} is not a directory; remove it from the image"
+    if os.access(here, os.W_OK | os.X_OK):
+        return ""
+    if os.statvfs(here).f_flag & os.ST_RDONLY:
+        return f"{here} is on a read-only file system; mount a writable one there"
+    return f"{here} is not writable for uid {os.geteuid()}; start the container as root"
+
+
+def _find_mounts(path: Path) -> list[str]:
+    """Return what is mounted below a directory: proc(5), /proc/pid/mountinfo."""
+    below = f"{os.path.realpath(path)}/"
+    with open(MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:
+        points = [line.split(" ")[4] for line in lines]
+    unescaped = [re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), p) for p in points]
+    return [point for point in unescaped if point.startswith(below)]
+
+
+def _find_user(situation: Situation) -> User:
+    """Return who runs the command; ourselves where that is an error, said elsewhere."""
+    try:
+        return resolve_user(situation.settings.user)
+    except UserSafeError:
+        return User()
+
+
+def _may_write(path: Path, user: User) -> bool:
+    """Tell whether the permission bits let the user make files in a directory."""
+    status = path.stat()
+    if user.uid in (None, 0):
+        return True
+    shift = 0
+    if status.st_uid == user.uid:
+        shift = 6
+    elif status.st_gid == user.gid or status.st_gid in user.groups:
+        shift = 3
+    return status.st_mode >> shift & 0o3 == 0o3
