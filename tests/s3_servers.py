@@ -82,7 +82,8 @@ def _accepts(port: int) -> bool:
 @contextmanager
 def _running(argv: list[str], port: int, log: Path) -> Iterator[None]:
     with log.open("wb") as output:
-        process = subprocess.Popen(argv, stdout=output, stderr=output, start_new_session=True)
+        # In our session: tests that end what a task left in other sessions must not end it.
+        process = subprocess.Popen(argv, stdout=output, stderr=output)
     try:
         poll(lambda: process.poll() is not None or _accepts(port), seconds=30)
         if process.poll() is not None:
