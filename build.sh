@@ -75,7 +75,7 @@ ensure_oracles() {
   local archive=".venv/oracles/botocore-$BOTOCORE_VERSION.tar.gz"
   [ -f "$archive" ] && return
   mkdir -p .venv/oracles
-  "$1/bin/pip" download -q --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+  "$1/bin/pip" download -q --disable-pip-version-check --no-deps --no-binary botocore \
     -d .venv/oracles "botocore==$BOTOCORE_VERSION" >&2 || say "no botocore sdist: its endpoint cases are skipped"
 }
 
