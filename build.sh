@@ -122,7 +122,7 @@ run_bench() {
   local bench
   for bench in tests/bench/bench_*.py; do
     say "$bench"
-    "$environment/bin/python" "$bench" ${peer:+--peer "$peer/bin/python"} "$@"
+    "$environment/bin/python" -m "tests.bench.$(basename "$bench" .py)" ${peer:+--peer "$peer/bin/python"} "$@"
   done
 }
 
