@@ -79,7 +79,8 @@ class ShowVersion(argparse.Action):
     """Print the versions of the program and of its parts, and leave."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        parser.exit(message=f"{PROGRAM} {__version__} ({describe()})\n")
+        print(f"{PROGRAM} {__version__} ({describe()})")
+        parser.exit()
 
 
 def build_parser() -> Parser:
