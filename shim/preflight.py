@@ -346,7 +346,9 @@ def _check_archives(store: Store, settings: Settings) -> Iterator[Finding]:
             except ServiceError as error:
                 yield Finding(ERROR, subject, f"{error}: {UNREADABLE}")
             else:
-                yield Finding(OK, subject, f"{location} has {size} bytes")
+                yield Finding(
+                    OK, subject, f"s3://{location.bucket}/{location.key} has {size} bytes"
+                )
     places = settings.runtime_output_bucket_name, settings.runtime_output_prefix
     if all(places):
         place = f"s3://{places[0]}/{places[1]}"
@@ -439,9 +441,10 @@ def _find_mounts(path: Path) -> list[str]:
 def _find_user(situation: Situation) -> User:
     """Return who runs the command; ourselves where that is an error, said elsewhere."""
     try:
-        return resolve_user(situation.settings.user)
+        user = resolve_user(situation.settings.user)
     except UserSafeError:
         return User()
+    return user if situation.settings.set_extra_groups else replace(user, groups=())
 
 
 def _may_write(path: Path, user: User) -> bool:
