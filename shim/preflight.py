@@ -83,10 +83,8 @@ def examine(
     - cmd: replaces the image's entrypoint and command unless it is empty
     - connect, read_tasks: what the run would use; read_tasks is None where no list is given
     """
-    yield from check_variables(environ)
-    try:
-        settings = Settings.from_environ(environ)
-    except InvalidSettings:
+    settings = yield from check_variables(environ)
+    if settings is None:
         yield Finding(WARNING, "variables", "nothing else is checked before these are valid")
         return
     if cmd:
@@ -113,7 +111,8 @@ def tell(finding: Finding, log: Log) -> None:
         log.lines([f"{finding.subject}: {message}"], level=level, internal=True, task=None)
 
 
-def check_variables(environ: Mapping[str, str]) -> Iterator[Finding]:
+def check_variables(environ: Mapping[str, str]) -> Generator[Finding, None, Settings | None]:
+    """Look at every variable of the platform; return the settings when all are valid."""
     known = {variable.name for variable in VARIABLES.values()}
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in known:
@@ -123,13 +122,15 @@ def check_variables(environ: Mapping[str, str]) -> Iterator[Finding]:
     except InvalidSettings as error:
         for problem in error.problems:
             yield Finding(ERROR, "variables", str(problem))
-        return
+        return None
     for warning in settings.warnings:
         yield Finding(WARNING, "variables", warning)
     yield Finding(OK, "variables", f"{len(known & environ.keys())} are set, all valid")
+    return settings
 
 
 def check_privileges(_: Situation) -> Iterator[Finding]:
+    """Look whether the shim may do what the platform lets it do."""
     if os.geteuid() == 0:
         yield Finding(OK, "privileges", "the shim runs as root")
         return
@@ -142,6 +143,7 @@ def check_privileges(_: Situation) -> Iterator[Finding]:
 
 
 def check_user(situation: Situation) -> Iterator[Finding]:
+    """Resolve the image's USER."""
     wanted = situation.settings.user
     try:
         user = resolve_user(wanted)
@@ -158,6 +160,7 @@ def check_user(situation: Situation) -> Iterator[Finding]:
 
 
 def check_argv(situation: Situation) -> Iterator[Finding]:
+    """Join the image's ENTRYPOINT and CMD."""
     settings = situation.settings
     try:
         argv = resolve_argv(entrypoint=settings.entrypoint, cmd=settings.cmd)
@@ -188,6 +191,7 @@ def check_command(situation: Situation) -> Iterator[Finding]:
 
 
 def check_input(situation: Situation) -> Iterator[Finding]:
+    """Look whether each task can have an empty input directory."""
     settings = situation.settings
     path = settings.input_path
     if not settings.use_linked_input or is_mount_point(path):
@@ -199,6 +203,7 @@ def check_input(situation: Situation) -> Iterator[Finding]:
 
 
 def check_output(situation: Situation) -> Iterator[Finding]:
+    """Look whether each task can have an empty output directory, and write into it."""
     path = situation.settings.output_path
     yield from _judge("output", path, _find_obstacle(path), "can be emptied or made")
     user = _find_user(situation)
@@ -234,35 +239,36 @@ def check_writable(situation: Situation) -> Iterator[Finding]:
 
 
 def check_temporary(situation: Situation) -> Iterator[Finding]:
+    """Look whether the command has a place for temporary files."""
     path = Path(situation.environ.get("TMPDIR") or "/tmp")
     user = _find_user(situation)
-    if not path.is_dir():
-        if path not in situation.settings.writable_directories:
-            message = f"{path} is not a directory: make it in the image, or set another TMPDIR"
-            yield Finding(WARNING, "temporary", message)
-    elif path not in situation.settings.writable_directories and not _may_write(path, user):
-        message = f"{path} is not writable for uid {user.uid}: let it be (chmod 1777)"
-        yield Finding(WARNING, "temporary", message)
-    else:
+    is_made = path in situation.settings.writable_directories
+    if path.is_dir() and (is_made or _may_write(path, user)):
         free = os.statvfs(path)
-        mib = free.f_bavail * free.f_frsize // MIB
-        yield Finding(OK, "temporary", f"{path} has {mib} MiB free")
+        yield Finding(
+            OK, "temporary", f"{path} has {free.f_bavail * free.f_frsize // MIB} MiB free"
+        )
+    elif not is_made:
+        message = f"{path} is no directory that uid {user.uid} can write into"
+        yield Finding(WARNING, "temporary", f"{message}: make it (chmod 1777), or set TMPDIR")
 
 
 def check_shared_memory(_: Situation, path: Path = SHARED_MEMORY) -> Iterator[Finding]:
+    """Look whether there is as much shared memory as containers usually have."""
     advice = "what shares memory, such as PyTorch's data loaders, fails; set --shm-size"
     if not path.is_dir():
         yield Finding(WARNING, "shared memory", f"{path} is missing: {advice}")
         return
     file_system = os.statvfs(path)
     size = file_system.f_blocks * file_system.f_frsize
-    if size < USUAL_SHARED_MEMORY_BYTES:
+    if 0 < size < USUAL_SHARED_MEMORY_BYTES:
         yield Finding(WARNING, "shared memory", f"{path} has {size // MIB} MiB: {advice}")
         return
     yield Finding(OK, "shared memory", f"{path} has {size // MIB} MiB")
 
 
 def check_memory(situation: Situation, cgroup: MemoryEvents | None = None) -> Iterator[Finding]:
+    """Compare the limit for the command with the memory of the machine and of the cgroup."""
     wanted_mib = situation.settings.max_memory_mb
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = (cgroup or MemoryEvents()).read_limit_bytes() or machine
@@ -377,24 +383,31 @@ def _check_tasks(
 
 
 def _check_inputs(store: Store, inputs: list[InferenceIO]) -> Iterator[Finding]:
-    if not inputs:
-        return
     looked_at = inputs[:MOST_INPUTS]
     found = 0
     for item in looked_at:
-        try:
-            if not item.is_prefix:
-                store.head(item.bucket_name, item.bucket_key)
-            elif next(iter(store.list(item.bucket_name, item.bucket_key)), None) is None:
-                place = f"s3://{item.bucket_name}/{item.bucket_key}"
-                yield Finding(WARNING, "inputs", f"nothing lies below {place!r}: check the prefix")
-        except ServiceError as error:
-            yield Finding(ERROR, "inputs", f"{error}: {UNREADABLE}")
-        else:
+        fault = _find_fault(store, item)
+        if fault is None:
             found += 1
+        else:
+            yield fault
     others = len(inputs) - len(looked_at)
     rest = f"; the other {others} are not looked at" if others else ""
-    yield Finding(OK, "inputs", f"{found} of {len(looked_at)} can be read{rest}")
+    if found:
+        yield Finding(OK, "inputs", f"{found} of {len(looked_at)} can be read{rest}")
+
+
+def _find_fault(store: Store, item: InferenceIO) -> Finding | None:
+    """Say why an input cannot be downloaded, None when it can."""
+    try:
+        if not item.is_prefix:
+            store.head(item.bucket_name, item.bucket_key)
+        elif next(iter(store.list(item.bucket_name, item.bucket_key)), None) is None:
+            place = f"s3://{item.bucket_name}/{item.bucket_key}"
+            return Finding(WARNING, "inputs", f"nothing lies below {place!r}: check the prefix")
+    except ServiceError as error:
+        return Finding(ERROR, "inputs", f"{error}: {UNREADABLE}")
+    return None
 
 
 def _judge(subject: str, path: Path, obstacle: str, fate: str) -> Iterator[Finding]:
