@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()
     for signum in STOP_SIGNALS:
         signal.signal(signum, lambda number, _frame: stop.request(number))
+    # Inherited as ignored, it would take the return codes of children from us.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # The static binary's launcher keeps back what comes before there are handlers.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
@@ -163,13 +165,13 @@ def exit_code(error: Exception, stop: Stop) -> int:
     return 1
 
 
-def write_failure(reason: str) -> None:
+def write_failure(reason: str, path: Path = FAILURE_FILE) -> None:
     """Leave the reason of a failed job where SageMaker looks for it, if that place exists."""
     with suppress(OSError):
         # The user's command may have put something else under this name.
-        FAILURE_FILE.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(FAILURE_FILE, flags, 0o644), "w", encoding="utf-8") as file:
+        with open(os.open(path, flags, 0o644), "w", encoding="utf-8") as file:
             file.write(reason[:FAILURE_CHARACTERS])
 
 
@@ -191,13 +193,13 @@ class Job:
         threading.excepthook = lambda args: self.log.exception(
             "A thread failed", args.exc_value or args.exc_type()
         )
-        for warning in self.settings.warnings:
-            self.log.warning(warning)
         limit = self.settings.max_memory_mb
         self.log.info(
             f"Setting memory limit to {limit} MB" if limit else "Not setting a memory limit"
         )
         self.log.info(title)
+        for warning in self.settings.warnings:
+            self.log.warning(warning)
         self.store = store or connect_store(self.settings, environ, self.log, stop)
         method = InvokeMode if self.settings.api_method == "invoke" else ExecMode
         mode = method(

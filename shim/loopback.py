@@ -95,8 +95,10 @@ def _await_bytes(
 ) -> None:
     poller = select.poll()
     poller.register(connection, select.POLLIN)
-    while not poller.poll(SLICE_SECONDS * 1000):
-        if is_abandoned():
+    while True:
+        if is_abandoned() and not poller.poll(0):  # what has come already counts
             raise Abandoned
         if deadline is not None and time.monotonic() >= deadline:
             raise TimeoutError
+        if poller.poll(SLICE_SECONDS * 1000):
+            return

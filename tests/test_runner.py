@@ -1,0 +1,291 @@
+"""One task against fakes: whatever goes wrong, a signed result is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shim.errors import TaskStopped, UserSafeError
+from shim.logs import Log
+from shim.modes import Outcome
+from shim.runner import (
+    DOWNLOAD_MESSAGE,
+    STOPPED_MESSAGE,
+    UNEXPECTED_MESSAGE,
+    UPLOAD_MESSAGE,
+    PlatformFailure,
+    Runner,
+)
+from shim.s3.directory import DirectoryStore
+from shim.s3.errors import S3ClientError
+from shim.settings import Settings
+from shim.stopping import Stop
+from shim.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, result_key, sign
+from shim.workspace import Workspace
+
+KEY = b"key"
+
+
+@dataclass
+class FakeMode:
+    """A mode whose run is a function of the test's."""
+
+    act: Callable[[], Outcome | None] = lambda: None
+    ran: list[str] = field(default_factory=list)
+
+    def setup(self) -> None: ...
+
+    def teardown(self) -> None: ...
+
+    def run(self, task: InferenceTask) -> Outcome:
+        self.ran.append(task.pk)
+        return self.act() or Outcome(return_code=0, exec_duration=timedelta(seconds=1))
+
+
+class BrokenStore(DirectoryStore):
+    """A store that fails in one method, but for results."""
+
+    broken = ""
+
+    def download(self, *arguments: Any, **options: Any) -> None:
+        self._break("download")
+        super().download(*arguments, **options)
+
+    def upload(self, *arguments: Any, **options: Any) -> None:
+        self._break("upload")
+        super().upload(*arguments, **options)
+
+    def put(self, *arguments: Any, **options: Any) -> None:
+        self._break("put")
+        super().put(*arguments, **options)
+
+    def list(self, bucket: str, prefix: str) -> Iterator[Any]:
+        self._break("list")
+        return super().list(bucket, prefix)
+
+    def _break(self, method: str) -> None:
+        if method == self.broken:
+            raise S3ClientError(f"the {method} broke")
+
+
+@dataclass
+class Bench:
+    """A runner, what it works with, and the lines that it wrote."""
+
+    runner: Runner
+    mode: FakeMode
+    store: BrokenStore
+    stop: Stop
+    root: Path
+    log_path: Path
+
+    def task(self, pk: str = "t", **more: Any) -> InferenceTask:
+        given: dict[str, Any] = {
+            "pk": pk,
+            "inputs": (InferenceIO(relative_path="a", bucket_name="b", bucket_key="in/a"),),
+            "output_bucket_name": "b",
+            "output_prefix": f"out/{pk}/",
+        }
+        return InferenceTask(**given | more)
+
+    def result(self, pk: str = "t") -> Mapping[str, Any]:
+        key = result_key(f"out/{pk}/")
+        body = self.store.get("b", key, max_bytes=1 << 20)
+        assert sign(body, KEY) == self.store.head("b", key).metadata[SIGNATURE_METADATA]
+        result: Mapping[str, Any] = json.loads(body)
+        return result
+
+    def lines(self, **wanted: object) -> list[str]:
+        lines = map(json.loads, self.log_path.read_text().splitlines())
+        return [
+            line["log"]
+            for line in lines
+            if all(line[name] == value for name, value in wanted.items())
+        ]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    store = BrokenStore(tmp_path / "store")
+    store.put("b", "in/a", b"content")
+    settings = Settings.from_environ({"GRAND_CHALLENGE_COMPONENT_SIGNING_KEY_HEX": KEY.hex()})
+    mode, stop = FakeMode(), Stop()
+    with (tmp_path / "log").open("wb") as stream:
+        log = Log(stdout_fd=stream.fileno(), stderr_fd=stream.fileno())
+        workspace = Workspace(
+            input_path=tmp_path / "input",
+            output_path=tmp_path / "output",
+            linked_input_parent=tmp_path / "linked",
+            log=log,
+        )
+        runner = Runner(
+            settings=settings, store=store, mode=mode, workspace=workspace, log=log, stop=stop
+        )
+        yield Bench(runner, mode, store, stop, tmp_path, tmp_path / "log")
+
+
+def raising(error: Exception) -> Callable[[], Outcome]:
+    def act() -> Outcome:
+        raise error
+
+    return act
+
+
+def test_inputs_are_there_and_outputs_are_left_sorted(bench: Bench) -> None:
+    def act() -> None:
+        assert "content" == (bench.root / "input/a").read_text()
+        for name in ("c", "b", "d"):
+            (bench.root / "output" / name).touch()
+
+    bench.mode.act = act
+    result = bench.runner.run_task(bench.task())
+    assert ["b", "c", "d"] == [output.relative_path for output in result.outputs]
+    assert json.loads(result.to_json()) == bench.result()
+    assert [] == list((bench.root / "output").iterdir())
+
+
+def test_outputs_of_a_failed_run_are_not_uploaded(bench: Bench) -> None:
+    def act() -> Outcome:
+        (bench.root / "output/half").touch()
+        return Outcome(return_code=3, last_stderr_lines=("oops\n",))
+
+    bench.mode.act = act
+    bench.runner.run_task(bench.task())
+    assert (3, [], ["oops\n"]) == (
+        bench.result()["return_code"],
+        bench.result()["outputs"],
+        bench.result()["user_process_last_stderr_lines"],
+    )
+    assert bench.runner.is_healthy
+
+
+def test_what_the_author_did_wrong_is_told_to_him(bench: Bench) -> None:
+    bench.mode.act = raising(UserSafeError("No such command"))
+    bench.runner.run_task(bench.task())
+    assert (1, "No such command") == (
+        bench.result()["return_code"],
+        bench.result()["user_safe_error_message"],
+    )
+    assert ["No such command"] == bench.lines(level="ERROR", internal=False, task="t")
+
+
+def test_an_exception_nobody_foresaw_leaves_a_result_and_a_traceback(bench: Bench) -> None:
+    bench.mode.act = raising(RuntimeError("secret detail"))
+    with pytest.raises(PlatformFailure):
+        bench.runner.run_task(bench.task())
+    assert (1, UNEXPECTED_MESSAGE) == (
+        bench.result()["return_code"],
+        bench.result()["user_safe_error_message"],
+    )
+    assert any("secret detail" in line for line in bench.lines(internal=True, level="ERROR"))
+    assert not any("secret detail" in line for line in bench.lines(internal=False))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message", "ran"),
+    [("download", DOWNLOAD_MESSAGE, []), ("upload", UPLOAD_MESSAGE, ["t"])],
+)
+def test_a_bucket_that_fails_is_the_platforms_failure(
+    bench: Bench, broken: str, message: str, ran: list[str]
+) -> None:
+    bench.store.broken = broken
+    bench.mode.act = lambda: (bench.root / "output/x").touch()
+    with pytest.raises(PlatformFailure, match=message):
+        bench.runner.run_task(bench.task())
+    assert (1, message, []) == (
+        bench.result()["return_code"],
+        bench.result()["user_safe_error_message"],
+        bench.result()["outputs"],
+    )
+    assert ran == bench.mode.ran
+    assert ("PT1S" if ran else None) == bench.result()["exec_duration"]
+    assert any(f"the {broken} broke" in line for line in bench.lines(internal=True))
+
+
+def test_a_result_that_cannot_be_left_is_not_passed_over(bench: Bench) -> None:
+    bench.store.broken = "put"
+    with pytest.raises(S3ClientError):
+        bench.runner.run_task(bench.task())
+
+
+def test_a_stop_leaves_a_result_and_is_passed_on(bench: Bench) -> None:
+    bench.mode.act = lambda: Outcome(return_code=-15, stopped=True)
+    with pytest.raises(TaskStopped):
+        bench.runner.run_tasks([bench.task("1"), bench.task("2")])
+    assert (1, STOPPED_MESSAGE) == (
+        bench.result("1")["return_code"],
+        bench.result("1")["user_safe_error_message"],
+    )
+    assert ["1"] == bench.mode.ran
+
+
+def test_no_task_begins_after_a_stop(bench: Bench) -> None:
+    bench.stop.request(15)
+    with pytest.raises(TaskStopped):
+        bench.runner.run_tasks([bench.task()])
+    assert [] == bench.mode.ran
+    assert not (bench.root / "store/b/out").exists()
+
+
+def test_the_first_failure_stops_the_list(bench: Bench) -> None:
+    bench.mode.act = lambda: Outcome(return_code=int(len(bench.mode.ran) == 2))
+    assert not bench.runner.run_tasks([bench.task(pk) for pk in "123"])
+    assert ["1", "2"] == bench.mode.ran
+    assert ["Stopping due to failure of task 2"] == bench.lines(level="ERROR", internal=True)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "healthy"),
+    [(Outcome(return_code=1), True), (Outcome(return_code=1, is_healthy=False), False)],
+    ids=["failed", "timed out"],
+)
+def test_health_follows_the_outcome(bench: Bench, outcome: Outcome, healthy: bool) -> None:
+    bench.mode.act = lambda: outcome
+    bench.runner.run_task(bench.task())
+    assert healthy == bench.runner.is_healthy
+
+
+def test_a_reset_that_fails_is_unhealthy_and_leaves_a_result(bench: Bench) -> None:
+    (bench.root / "elsewhere").mkdir()
+    (bench.root / "output").symlink_to(bench.root / "elsewhere")
+    bench.runner.run_task(bench.task())
+    assert not bench.runner.is_healthy
+    assert [] == bench.mode.ran
+    assert "could not be reset" in bench.result()["user_safe_error_message"]
+
+
+def test_a_prefix_is_everything_below_it_without_its_markers(bench: Bench) -> None:
+    for key in ("p/", "p/a", "p/d/", "p/d/b"):
+        if not key.endswith("/"):
+            bench.store.put("b", key, b"x")
+    seen: list[str] = []
+
+    def act() -> None:
+        root = bench.root / "input"
+        seen.extend(sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()))
+
+    bench.mode.act = act
+    inputs = (InferenceIO(relative_path=".", bucket_name="b", bucket_key="p/"),)
+    bench.runner.run_task(bench.task(inputs=inputs))
+    assert ["a", "d/b"] == seen
+
+
+def test_a_key_that_leads_out_of_the_input_is_refused(bench: Bench) -> None:
+    class Listing(BrokenStore):
+        def list(self, bucket: str, prefix: str) -> Iterator[Any]:
+            from shim.s3.store import ObjectSummary
+
+            yield ObjectSummary(key="p/../../evil", size=1)
+
+    bench.store.__class__ = Listing
+    inputs = (InferenceIO(relative_path=".", bucket_name="b", bucket_key="p/"),)
+    with pytest.raises(PlatformFailure):
+        bench.runner.run_task(bench.task(inputs=inputs))
+    assert [] == bench.mode.ran
+    assert any("p/../../evil" in line for line in bench.lines(internal=True))
