@@ -18,7 +18,7 @@ from functools import lru_cache
 from urllib.parse import quote
 
 ALGORITHM = "AWS4-HMAC-SHA256"
-EMPTY_PAYLOAD_HASH = hashlib.sha256(b"").hexdigest()
+EMPTY_PAYLOAD_HASH = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
 
 # What proxies may change on the way (botocore auth.py: SIGNED_HEADERS_BLACKLIST), and what botocore
