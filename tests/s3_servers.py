@@ -134,6 +134,7 @@ def make_certificate(directory: Path) -> tuple[Path, Path]:
     if not certificate.exists():
         argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
         argv += ["-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
-        argv += ["subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:s3.example.test", "-keyout", str(key)]
+        names = "IP:127.0.0.1,DNS:localhost,DNS:s3.example.test"
+        argv += [f"subjectAltName={names}", "-keyout", str(key)]
         subprocess.run([*argv, "-out", str(certificate)], check=True, capture_output=True)
     return certificate, key

@@ -26,6 +26,9 @@ class S3Location:
     bucket: str
     key: str
 
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
 
 def is_bucket_name(text: str) -> bool:
     """Tell whether text is a bucket's name or an access point's, Object Lambda's, Outposts' ARN."""
