@@ -53,6 +53,7 @@ class _Version:
         self.size: int | None = None
         self.etag = ""
         self.headers: Mapping[str, str] = {}
+        self.has_crc32 = False
 
     def operation(self, start: int, stop: int) -> Operation:
         """Ask for everything, or when the size is known for [start, stop)."""
@@ -77,6 +78,7 @@ class _Version:
                 raise TransportError("The answer does not tell the object's length")
             self.size, self.headers = response.remaining, response.headers
             self.etag = response.headers.get("etag", "")
+            self.has_crc32 = Checksum(self.headers).algorithm == "crc32"
             return self.size
         match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
         if not match:
@@ -118,7 +120,8 @@ class _Range:
         """Take what is missing up to stop from an answer that begins at position."""
         while self.position < self.stop:
             piece = response.receive(self.stop - self.position, buffer)
-            self.crc = zlib.crc32(piece, self.crc)
+            if self.version.has_crc32:
+                self.crc = zlib.crc32(piece, self.crc)
             while piece:
                 written = os.pwrite(self._fd, piece, self.position)
                 self.position += written
