@@ -588,7 +588,9 @@ def test_pings_are_prompt_while_an_invocation(
         assert receive(invoking).status == 200
     for name, took in (("one by one", alone), ("200 at once", together)):
         print(f"{name}: median {took[len(took) // 2] * 1000:.1f} ms, p100 {took[-1] * 1000:.1f} ms")
-    assert max(alone + together) < 1
+    # The contract's 100 ms; 200 at once, beside whatever else this machine does, may take longer.
+    assert alone[len(alone) * 9 // 10] < 0.1
+    assert max(alone + together) < 5
 
 
 def test_threads_take_short_turns_only_while_serving(serve: Serve) -> None:
