@@ -190,9 +190,9 @@ class Job:
     ) -> None:
         self.settings = settings or read_settings(environ)
         self.log = Log(level=self.settings.log_level, style=style)
-        threading.excepthook = lambda args: self.log.exception(
-            "A thread failed", args.exc_value or args.exc_type()
-        )
+        # Nothing but log lines may reach the standard streams.
+        for module, hook in ((threading, "excepthook"), (sys, "unraisablehook")):
+            setattr(module, hook, self._log_unhandled)
         limit = self.settings.max_memory_mb
         self.log.info(
             f"Setting memory limit to {limit} MB" if limit else "Not setting a memory limit"
@@ -223,6 +223,10 @@ class Job:
         self._runtime = Runtime(
             settings=self.settings, store=self.store, mode=mode, log=self.log, stop=stop
         )
+
+    def _log_unhandled(self, failure: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
+        error = failure.exc_value or failure.exc_type()
+        self.log.exception("An exception was not handled", error)
 
     @contextmanager
     def ready(self) -> Iterator[bool]:

@@ -249,6 +249,7 @@ class ObjectReader(io.RawIOBase):
         super().__init__()
         self._service, self._version = service, _Version(bucket, key)
         self.position = self._breaks = 0
+        self._response: Response | None = None  # close() is called also when there is no answer
         self._response = service.perform(self)
         self._checksum = Checksum(self._version.headers)
 
@@ -282,6 +283,7 @@ class ObjectReader(io.RawIOBase):
 
     def _receive(self, view: memoryview) -> memoryview:
         while True:
+            assert self._response is not None
             try:
                 return self._response.receive(len(view), view)
             except TransportError as error:
@@ -294,6 +296,6 @@ class ObjectReader(io.RawIOBase):
 
     def close(self) -> None:
         """Give the connection back, or up where there is more to read."""
-        if not self.closed:
+        if not self.closed and self._response is not None:
             self._service.finish(self._response)
         super().close()

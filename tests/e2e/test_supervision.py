@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.platform import SIGNING_KEY, Finished, Platform, finish
-from tests.support import UNPRIVILEGED_UID, needs_root, poll
+from tests.support import UNPRIVILEGED_UID, needs_root, poll, signal_set
 
 STOPPED = "The task was stopped before it finished"
 
@@ -212,7 +212,7 @@ def test_the_command_starts_with_default_signals_and_few_descriptors(supervised:
     supervised.script("cat /proc/self/status; ls /proc/self/fd | wc -l")
     job = supervised.invoke(supervised.task())
     status = read_status(job)
-    assert {"0" * 16} == {status["SigBlk"], status["SigIgn"]}
+    assert set() == signal_set(status["SigBlk"]) | signal_set(status["SigIgn"])
     # 0 to 2, and the one that ls reads the directory by
     assert "4" == job.texts(internal=False)[-1]
 
