@@ -21,7 +21,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from shim.errors import UserSafeError
+from shim.errors import ShimError, UserSafeError
 from shim.workspace import closing_descriptor, make_directories
 
 TYPE_CHECKING = False
@@ -80,7 +80,7 @@ def extract_zip(source: Path | BinaryIO, dest: Path) -> None:
                     _create(directory, names[-1], mode=0o644) as file,
                 ):
                     shutil.copyfileobj(content, file, block)
-    except UserSafeError:
+    except ShimError:  # ours, or what reading the source raises to stop
         raise
     except OSError as error:
         if error.errno in _DISK_FULL:

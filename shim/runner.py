@@ -10,6 +10,7 @@ Rule 3: tasks run one at a time, in order; the first that fails ends the list.
 
 from __future__ import annotations
 
+import io
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -154,8 +155,8 @@ class Runner:
         archives: list[tuple[Path, Path]] = []
         self._transfers().download_all(self._downloads(task, archives))
         for archive, directory in archives:
-            self._stop.check()
-            extract_zip(archive, directory)
+            with _StoppableFile(archive, self._stop) as file:
+                extract_zip(file, directory)
             archive.unlink()
 
     def _downloads(
@@ -232,6 +233,18 @@ class Runner:
             concurrency=self._settings.async_concurrency,
             cancelled=lambda: self._stop.requested,
         )
+
+
+class _StoppableFile(io.FileIO):
+    """A file that cannot be read after a stop: unpacking it may take longer than a stop gives."""
+
+    def __init__(self, path: Path, stop: Stop) -> None:
+        super().__init__(path)
+        self._stop = stop
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._stop.check()
+        return super().read(size)
 
 
 def put_signed(store: Store, bucket: str, key: str, body: bytes, signing_key: bytes) -> None:

@@ -92,6 +92,7 @@ class Runtime:
             self._log.error(f"Could not unpack the {name}: {error.__cause__ or error}")
             raise UserSafeError(f"Could not set up {name}: {error}") from error
         except S3ClientError as error:
+            self._stop.check()  # a stop ends the download
             self._log.error(f"Could not read the {name}: {error}")
             raise UserSafeError(
                 f"Could not set up {name}: Tarfile could not be downloaded"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -258,6 +261,30 @@ def test_a_reset_that_fails_is_unhealthy_and_leaves_a_result(bench: Bench) -> No
     assert not bench.runner.is_healthy
     assert [] == bench.mode.ran
     assert "could not be reset" in bench.result()["user_safe_error_message"]
+
+
+def test_a_stop_ends_the_unpacking_of_an_archive(bench: Bench) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a", bytes(1 << 20))
+    bench.store.put("b", "in/z.zip", buffer.getvalue())
+
+    inputs = (
+        InferenceIO(relative_path="z", bucket_name="b", bucket_key="in/z.zip", decompress=True),
+    )
+    checks: list[None] = []
+
+    def stop_while_unpacking() -> None:
+        checks.append(None)
+        if len(checks) == 3:
+            bench.stop.request(signal.SIGTERM)
+        Stop.check(bench.stop)
+
+    bench.stop.check = stop_while_unpacking  # type: ignore[method-assign]
+    with pytest.raises(TaskStopped):
+        bench.runner.run_task(bench.task(inputs=inputs))
+    assert STOPPED_MESSAGE == bench.result()["user_safe_error_message"]
+    assert [] == bench.mode.ran
 
 
 def test_a_prefix_is_everything_below_it_without_its_markers(bench: Bench) -> None:
