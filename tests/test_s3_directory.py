@@ -20,9 +20,13 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "root")
 
 
-def test_a_file_url_selects_the_directory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variable", ["AWS_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]
+)
+def test_a_file_url_selects_the_directory(tmp_path: Path, variable: str) -> None:
     store = connect(
-        {"AWS_S3_ENDPOINT_URL": f"file://{tmp_path}/with%20space"},
+        # A profile that is missing does not matter: nothing is asked of AWS.
+        {variable: f"file://{tmp_path}/with%20space", "AWS_PROFILE": "missing"},
         concurrency=1,
         max_connections=1,
         log=lambda level, message: None,
