@@ -103,9 +103,7 @@ def _parse_timeout(text: str | None) -> timedelta | None:
         except ValueError:
             return parse_duration(text)
     except ValueError as error:
-        raise UsageError(
-            f"--timeout {text}: {error}; expected seconds, PT1H30M or 01:30:00"
-        ) from error
+        raise UsageError(f"--timeout {text}: {error}") from error
 
 
 def _confine(settings: Settings, scratch: Path) -> Settings:
