@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,7 @@ from shim.s3.errors import (
 from shim.s3.operations import Pace
 from shim.s3.retries import Kind
 from shim.s3.sigv4 import Credentials
+from shim.s3.transfer import Download, Transfers
 from tests.fakes.s3_double import (
     Exchange,
     Fault,
@@ -218,6 +221,26 @@ def test_a_bucket_of_another_region_is_asked_for_there(fault: Fault) -> None:
         for _ in range(2):
             assert b"content" == harness.client.get("bucket", "key", max_bytes=100)
         assert ["eu-central-1", "us-east-2", "us-east-2"] == [s.region for s in double.seen]
+
+
+def test_threads_that_learn_a_region_together_all_go_on(tmp_path: Path) -> None:
+    with running_double(region="us-east-2") as double:
+        for n in range(20):
+            double.buckets["bucket"][str(n)] = Object(body=b"content")
+        harness = build_harness(double.url, attempts=1)
+        barrier = threading.Barrier(4)
+
+        def redirect_together(exchange: Exchange) -> None:
+            barrier.wait(10)
+            exchange.answer()
+
+        double.faults = [redirect_together] * 4
+        transfers = Transfers(harness.client, concurrency=4, cancelled=lambda: False)
+        transfers.download_all(
+            Download(bucket="bucket", key=str(n), path=tmp_path / str(n)) for n in range(20)
+        )
+        assert 20 == len(list(tmp_path.iterdir()))
+        assert 4 + 20 == len(double.seen)
 
 
 def test_a_head_request_learns_the_region_from_the_header() -> None:

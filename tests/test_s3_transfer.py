@@ -493,7 +493,8 @@ def test_a_file_that_changes_between_sum_and_sending_is_not_stored(
     double: S3Double, source: Path, change: Callable[[Path], None]
 ) -> None:
     fd = os.open(source, os.O_RDONLY)
-    body = upload.FileBody(fd, start=0, size=PART, with_sha256=False)
+    file = upload.File(fd, source.stat().st_size)
+    body = upload.FileBody(file, start=0, size=PART, with_sha256=False)
     assert source.read_bytes()[:PART] == b"".join(map(bytes, body.blocks()))
     change(source)
     with pytest.raises(ObjectChanged):

@@ -28,7 +28,7 @@ def build_request(
     url: str = "http://server:80/",
     *,
     method: str = "GET",
-    body: bytes | None = None,
+    body: bytes | Blocks | None = None,
     read_seconds: float = 10,
     cancelled: Callable[[], bool] = never,
 ) -> Request:
@@ -175,6 +175,24 @@ def test_a_server_that_takes_nothing_is_given_up() -> None:
     request = build_request(method="PUT", body=bytes(8 << 20), read_seconds=1)
     with pytest.raises(TransportError, match="silent for 1 s"):
         exchange_with_silence(request)
+
+
+class Blocks:
+    """A body of several blocks."""
+
+    size = 2 << 20
+
+    def blocks(self) -> Iterator[memoryview]:
+        yield from [memoryview(bytes(1 << 20))] * 2
+
+
+def test_success_before_the_whole_body_was_sent_is_none() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        request = build_request(method="PUT", body=Blocks())
+        with pytest.raises(TransportError, match="before it had the whole body"):
+            Connection(ours, None, is_tls=False).exchange(request, request.head())
 
 
 def test_waiting_for_an_answer_can_be_cancelled() -> None:

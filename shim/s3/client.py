@@ -20,12 +20,12 @@ from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
 from shim.s3.errors import IntegrityError, S3ClientError
 from shim.s3.http1 import Response, never
-from shim.s3.operations import Operation, Service
+from shim.s3.operations import Operation, Service, read_headers
 from shim.s3.profiles import read_profile
 from shim.s3.retries import PERSISTENT_ATTEMPTS, configured_attempts
 from shim.s3.store import ObjectHead, ObjectSummary
 from shim.s3.transport import Proxies, Transport, Trust
-from shim.s3.upload import Simple, upload
+from shim.s3.upload import upload
 from shim.s3.xml import Page, parse_page
 
 TYPE_CHECKING = False
@@ -35,39 +35,9 @@ if TYPE_CHECKING:
     from shim.s3.store import Log, Store
 
 PAGE_LIMIT_BYTES = 16 << 20
+# By precedence, as for other endpoints: a profile cannot name a directory.
+ENDPOINT_VARIABLES = ("AWS_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 PATIENCE_SECONDS = 8.0
-
-
-class _Get(Simple):
-    """A small object in memory."""
-
-    def __init__(self, bucket: str, key: str, max_bytes: int) -> None:
-        operation = Operation(
-            name="GetObject",
-            method="GET",
-            bucket=bucket,
-            key=key,
-            headers={"x-amz-checksum-mode": "ENABLED"},
-        )
-        super().__init__(lambda: operation)
-        self._uri, self._max_bytes = f"s3://{bucket}/{key}", max_bytes
-
-    def consume(self, response: Response) -> bytes:  # type: ignore[override]
-        if (response.remaining or 0) > self._max_bytes:
-            raise S3ClientError(f"{self._uri} is longer than {self._max_bytes} bytes")
-        body = response.read(self._max_bytes)
-        checksum = Checksum(response.headers)
-        checksum.update(body)
-        if checksum.expected and checksum.value() != checksum.expected:
-            raise IntegrityError(f"{self._uri} does not have the checksum that was announced")
-        return body
-
-
-class _List(Simple):
-    """A page of a listing."""
-
-    def consume(self, response: Response) -> Page:  # type: ignore[override]
-        return parse_page(response.read(PAGE_LIMIT_BYTES))
 
 
 class S3Client:
@@ -78,8 +48,23 @@ class S3Client:
 
     def get(self, bucket: str, key: str, *, max_bytes: int) -> bytes:
         """Return a whole object, refuse one that is longer."""
-        body: bytes = self._service.perform(_Get(bucket, key, max_bytes))
-        return body
+        uri = f"s3://{bucket}/{key}"
+
+        def consume(response: Response) -> bytes:
+            if (response.remaining or 0) > max_bytes:
+                raise S3ClientError(f"{uri} is longer than {max_bytes} bytes")
+            body = response.read(max_bytes)
+            checksum = Checksum(response.headers)
+            checksum.update(body)
+            if checksum.expected and checksum.value() != checksum.expected:
+                raise IntegrityError(f"{uri} does not have the checksum that was announced")
+            return body
+
+        headers = {"x-amz-checksum-mode": "ENABLED"}
+        operation = Operation(
+            name="GetObject", method="GET", bucket=bucket, key=key, headers=headers
+        )
+        return self._service.call(operation, consume)
 
     def put(
         self,
@@ -101,8 +86,9 @@ class S3Client:
         operation = Operation(
             name="PutObject", method="PUT", bucket=bucket, key=key, headers=headers, body=body
         )
-        self._service.perform(
-            Simple(lambda: operation),
+        self._service.call(
+            operation,
+            read_headers,
             cancelled=_with_patience(self._service.cancelled) if persistent else None,
             attempts=PERSISTENT_ATTEMPTS if persistent else 0,
         )
@@ -110,7 +96,7 @@ class S3Client:
     def head(self, bucket: str, key: str) -> ObjectHead:
         """Describe an object."""
         operation = Operation(name="HeadObject", method="HEAD", bucket=bucket, key=key)
-        headers = self._service.perform(Simple(lambda: operation))
+        headers = self._service.call(operation, read_headers)
         prefix = "x-amz-meta-"
         return ObjectHead(
             size=int(headers.get("content-length", 0)),
@@ -141,8 +127,9 @@ class S3Client:
 
     def _page(self, bucket: str, query: tuple[tuple[str, str], ...]) -> Page:
         operation = Operation(name="ListObjectsV2", method="GET", bucket=bucket, query=query)
-        page: Page = self._service.perform(_List(lambda: operation))
-        return page
+        return self._service.call(
+            operation, lambda response: parse_page(response.read(PAGE_LIMIT_BYTES))
+        )
 
     def open(self, bucket: str, key: str) -> BinaryIO:
         """Open an object for reading in order; it is verified as its last byte is read."""
@@ -203,10 +190,10 @@ def connect(
     run_helper(argv, timeout_seconds): runs a program that prints credentials.
     carried_bundle: certificates for images that have none.
     """
-    profile = read_profile(environ)
-    endpoint_url = environ.get("AWS_S3_ENDPOINT_URL", "")
+    endpoint_url = next(filter(None, map(environ.get, ENDPOINT_VARIABLES)), "")
     if endpoint_url.startswith("file:"):
         return DirectoryStore(Path(unquote(urlsplit(endpoint_url).path)))
+    profile = read_profile(environ)
     configuration = EndpointConfiguration.from_environ(environ, profile.settings)
     trust = Trust(
         environ,

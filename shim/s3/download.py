@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PART_BYTES = 8 << 20
-MOST_HELPERS = 15
+MOST_HELPERS = 7
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 

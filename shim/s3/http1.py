@@ -157,7 +157,10 @@ class Connection:
         while (answer := self._read_head()).startswith(b"HTTP/1.1 1"):
             pass  # interim
         self.is_used = True
-        return Response(self, method=request.method, head=answer, is_sent=is_sent)
+        response = Response(self, method=request.method, head=answer, is_sent=is_sent)
+        if not is_sent and response.status < 300:
+            raise TransportError("The server answered before it had the whole body")
+        return response
 
     def _send_request(self, head: bytes, body: bytes | Body | None) -> bool:
         """Send all of it; false when the server answered, or went away, before."""

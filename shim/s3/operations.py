@@ -108,6 +108,18 @@ class Pace:
             self._resume_at = max(self._resume_at, now + seconds)
 
 
+class _Call:
+    """An exchange whose request is the same each time, and whose answer is consumed at once."""
+
+    position = 0
+
+    def __init__(self, operation: Operation, consume: Callable[[Response], object]) -> None:
+        self._operation, self.consume = operation, consume
+
+    def operation(self) -> Operation:
+        return self._operation
+
+
 class Service:
     """S3 as one caller sees it: endpoints, credentials, clock, connections."""
 
@@ -129,6 +141,7 @@ class Service:
         self._transport, self._attempts, self._log, self._sleep = transport, attempts, log, sleep
         self._pace = Pace(concurrency=concurrency, monotonic=monotonic)
         self._endpoints: dict[str, tuple[Endpoint, str]] = {}
+        self._redirected: set[str] = set()
         self._skew = timedelta(0)
 
     def close(self) -> None:
@@ -149,6 +162,18 @@ class Service:
         """Tell whether bodies travel unprotected, so that their SHA-256 must be signed."""
         return self._endpoint(bucket)[0].scheme == "http"
 
+    def call(
+        self,
+        operation: Operation,
+        consume: Callable[[Response], T],
+        *,
+        cancelled: Callable[[], bool] | None = None,
+        attempts: int = 0,
+    ) -> T:
+        """Perform an operation; consume(response) is part of each attempt."""
+        exchange: Exchange[T] = _Call(operation, consume)  # type: ignore[assignment]
+        return self.perform(exchange, cancelled=cancelled, attempts=attempts)
+
     def perform(
         self,
         exchange: Exchange[T],
@@ -156,7 +181,10 @@ class Service:
         cancelled: Callable[[], bool] | None = None,
         attempts: int = 0,
     ) -> T:
-        """Make attempts until one succeeds; raise the error of the last one."""
+        """Make attempts until one succeeds; raise the error of the last one.
+
+        attempts: instead of what is configured.
+        """
         cancelled = cancelled or self.cancelled
         attempts = attempts or self._attempts
         kinds: list[Kind] = []
@@ -183,7 +211,7 @@ class Service:
             elif limit is None:
                 failed += 1
             may_repeat = failed < attempts if limit is None else kinds.count(kind) <= limit
-            if not (may_repeat and self._mend(kind, error, credentials, now)):
+            if not (may_repeat and self._mend(kind, error, credentials)):
                 error.retries = failed - 1 if limit is None else failed
                 raise error
             self._log("DEBUG", f"Attempt failed: {error}")
@@ -266,41 +294,32 @@ class Service:
             self._pace.leave(is_success=False)
             raise Cancelled("The transfer was stopped")
 
-    def _mend(
-        self,
-        kind: Kind,
-        error: S3ClientError,
-        credentials: Credentials,
-        now: datetime,
-    ) -> bool:
+    def _mend(self, kind: Kind, error: S3ClientError, credentials: Credentials) -> bool:
         """Do what another attempt needs; false when it would end like this one."""
-        if not isinstance(error, ServiceError):
-            return kind is not Kind.FINAL
-        if kind is Kind.CLOCK:
-            self._skew += retries.skew_of(error.headers, now=now)
-            self._log("WARNING", f"The clock is off, as the server's differs by {self._skew}")
+        if isinstance(error, ServiceError) and kind is Kind.CLOCK:
+            self._skew = retries.skew_of(error.headers, now=datetime.now(UTC))
+            self._log("WARNING", f"The clock is off: the server's differs by {self._skew}")
+        elif isinstance(error, ServiceError) and kind is Kind.REGION:
+            return self._learn_region(error)
         elif kind is Kind.CREDENTIALS:
             return self._credentials.refresh(credentials) != credentials
-        elif kind is Kind.REGION:
-            return self._learn_region(error)
-        return kind is not Kind.FINAL
+        return True
 
     def _learn_region(self, error: ServiceError) -> bool:
         """Resolve the bucket anew in the region that an answer names; never by its Location."""
-        bucket = error.bucket
-        if bucket.startswith("arn:") or error.region in ("", self._endpoint(bucket)[0].region):
+        bucket, region = error.bucket, error.region
+        if bucket.startswith("arn:") or not region:
             return False
-        endpoint = resolve(self._configuration, bucket, error.region)
+        if region == self._endpoint(bucket)[0].region:
+            return bucket in self._redirected  # another thread may have learnt it meanwhile
+        endpoint = resolve(self._configuration, bucket, region)
         self._endpoints[bucket] = endpoint, endpoint.hostname
-        self._log("INFO", f"The bucket {bucket} is in {error.region}")
+        self._redirected.add(bucket)
+        self._log("INFO", f"The bucket {bucket} is in {region}")
         return True
 
     def _wait(
-        self,
-        kind: Kind,
-        error: S3ClientError,
-        retry: int,
-        cancelled: Callable[[], bool],
+        self, kind: Kind, error: S3ClientError, retry: int, cancelled: Callable[[], bool]
     ) -> None:
         headers = error.headers if isinstance(error, ServiceError) else {}
         jitter = int.from_bytes(os.urandom(4), "big") / 2**32
@@ -316,6 +335,12 @@ class Service:
                 raise Cancelled("The transfer was stopped")
             self._sleep(min(seconds, SLICE_SECONDS))
             seconds -= SLICE_SECONDS
+
+
+def read_headers(response: Response) -> dict[str, str]:
+    """Consume an answer of which only the header fields matter."""
+    response.read(ERROR_LIMIT_BYTES)
+    return response.headers
 
 
 def _service_error(operation: Operation, response: Response) -> ServiceError:

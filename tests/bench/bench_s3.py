@@ -56,6 +56,13 @@ if ($step = complete) { return 200 '<R><ETag>"1"</ETag></R>'; }
 if ($step = abort) { return 204; }
 """
 STORE = "dav_methods PUT; create_full_put_path on; add_header ETag $stored always;"
+# Large bodies are read and thrown away where nginx can do that: storing them would be measured.
+SINK = """
+location /bucket/up/large {{
+  client_body_buffer_size 64m; {multipart} add_header ETag $stored always;
+  echo_read_request_body; {delay} echo_status 200; echo -n "";
+}}
+"""
 
 
 # --- the clients; each runs in a process of its own ---
@@ -189,18 +196,21 @@ class Bench:
 
         make_certificate(self.work)
         ports = [free_port() for _ in range(3)]
+        has_echo = ECHO_MODULE.exists()
         location = f"location / {{ {MULTIPART} {STORE} }}"
+        location += SINK.format(multipart=MULTIPART, delay="") if has_echo else ""
         servers = f"server {{ listen 127.0.0.1:{ports[0]}; {location} }}\n"
         servers += f"server {{ listen 127.0.0.1:{ports[1]} ssl; {location} }}\n"
         self.urls = {"http": f"http://127.0.0.1:{ports[0]}", "TLS": f"https://127.0.0.1:{ports[1]}"}
-        if ECHO_MODULE.exists():
+        if has_echo:
             late = f"location / {{ {MULTIPART} echo_sleep 0.02; echo_exec @late; }}"
             late += f" location @late {{ {STORE} }}"
+            late += SINK.format(multipart=MULTIPART, delay="echo_sleep 0.02;")
             servers += f"server {{ listen 127.0.0.1:{ports[2]}; {late} }}\n"
             self.urls["20 ms"] = f"http://127.0.0.1:{ports[2]}"
         else:
             print("20 ms of latency: left out, needs Debian's libnginx-mod-http-echo")
-        load = f"load_module {ECHO_MODULE};" if ECHO_MODULE.exists() else ""
+        load = f"load_module {ECHO_MODULE};" if has_echo else ""
         configuration = self.work / "nginx.conf"
         configuration.write_text(NGINX.format(load=load, work=self.work, servers=servers))
         server = subprocess.Popen(["nginx", "-p", str(self.work), "-c", str(configuration)])
@@ -270,7 +280,7 @@ class Bench:
     def compare(self) -> None:
         """Let the clients take turns."""
         for link, url in self.urls.items():
-            for case in CASES:
+            for case in self.options.cases:
                 for _ in range(self.options.rounds):
                     for client in self.clients:
                         number = self.options.objects if case.startswith("many") else 1
@@ -300,7 +310,7 @@ class Bench:
         """Name the targets that were not reached."""
         missed = []
         for link in self.urls:
-            for case in CASES:
+            for case in self.options.cases:
                 mine = self.best[link, case, "ours"]
                 factors = {"sagemaker-shim": 8.0, "s5cmd": 1.5}
                 if case.startswith("large"):
@@ -327,7 +337,7 @@ class Bench:
             mib = results[0]["mib"]
             print(f"ours, {number} objects: {costs[number]:.0f} us of CPU each, {mib:.0f} MB")
             missed += [f"{number} objects: {mib:.0f} MB, wanted 60"] if mib > 60 else []
-        if max(costs.values()) > 1.5 * costs[2000] + 100:
+        if costs[max(costs)] > 1.5 * costs[2000]:
             missed.append("the cost of an object grows with their number")
         return missed
 
@@ -394,6 +404,7 @@ def main() -> None:
     parser.add_argument("--peer", default=os.environ.get("PEER_PYTHON"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--objects", type=int, default=2000)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--large-mib", type=int, default=1024)
     parser.add_argument("--long", action="store_true", help="100,000 objects instead of 20,000")
     parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
@@ -412,7 +423,9 @@ def main() -> None:
         bench.prepare()
         with bench.serving():
             bench.compare()
-            missed = bench.missed() + bench.scale() + bench.upload_slowly()
+            missed = bench.missed()
+            if options.cases == CASES:
+                missed += bench.scale() + bench.upload_slowly()
     print("\n".join(["missed targets:", *missed]) if missed else "all targets reached")
 
 
