@@ -55,11 +55,12 @@ ensure_debian() {
     || say "could not install ${missing[*]}: what needs them is skipped"
 }
 
-# Make or reuse the environment of interpreter $1 with the extras $2; print its directory.
+# Make or reuse the environment of interpreter $1 with the extras $2, in one of its own if $3 names
+# that; print its directory.
 ensure_environment() {
   local python=$1 extras=$2 version directory stamp
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-  directory=".venv/$version"
+  directory=".venv/${3:+$3-}$version"
   stamp="$extras $(sha256sum setup.cfg | cut -d' ' -f1)"
   if [ "$(cat "$directory/.stamp-$extras" 2>/dev/null)" != "$stamp" ]; then
     say "preparing $directory ($extras)"
@@ -90,6 +91,26 @@ run_tests() {
     say "testing with $("$environment/bin/python" --version)"
     "$environment/bin/python" -m pytest -n "${WORKERS:-4}" --dist loadfile "$@"
   done
+}
+
+# Print the interpreter to freeze: the distribution's, with its shared library and no RUNPATH.
+frozen_interpreter() {
+  if [ -z "${PYTHON:-}" ] && /usr/bin/python3 -c \
+      'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    printf '%s\n' /usr/bin/python3
+  else
+    interpreters first
+  fi
+}
+
+# Make the form $1 of the shim in dist/; the last line printed is its path.
+run_freeze() {
+  local python environment
+  ensure_debian python3-venv binutils patchelf
+  python=$(frozen_interpreter)
+  ensure_debian "$("$python" -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])')"
+  environment=$(ensure_environment "$python" freeze freeze)
+  "$environment/bin/python" .ci/freeze.py "$@"
 }
 
 run_check() {
@@ -133,6 +154,8 @@ usage: ./build.sh COMMAND [ARGUMENTS]
   test [PYTEST ARGUMENTS]   make an environment below .venv, install what the tests need, run them
   check                     lint, formatting and types (flake8, ruff format, mypy --strict)
   format                    format the sources
+  binary                    make the static binary in dist/, with its .tar.gz and checksums.txt
+  zipapp                    make dist/*.pyz, for images that have Python 3.11 or newer
   bench [ARGUMENTS]         measure against the existing tools; prints ratios of the same run
   help                      this text
 
@@ -148,6 +171,7 @@ case "$command" in
   test) run_tests "$@" ;;
   check) run_check ;;
   format) run_format ;;
+  binary | zipapp) run_freeze "$command" "$@" ;;
   bench) run_bench "$@" ;;
   help | -h | --help) usage ;;
   *) usage >&2; die "no command $command" ;;

@@ -22,7 +22,7 @@ from shim import __version__
 from shim.command import child_environment
 from shim.durations import format_duration
 from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
-from shim.frozen import describe, image_environment, settle
+from shim.frozen import carried_bundle, describe, settle, take_environment
 from shim.logs import Log
 from shim.modes import ExecMode, InvokeMode
 from shim.process import run_helper
@@ -139,12 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signum, lambda number, _frame: stop.request(number))
     # Inherited as ignored, it would take the return codes of children from us.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # The static binary's launcher keeps back what comes before there are handlers.
+    # Blocked since the very first statement.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
-        settle()
+        environ = take_environment(os.environ)
         arguments = build_parser().parse_args(argv)
-        code: int = arguments.run(arguments, image_environment(os.environ), stop)
+        code: int = arguments.run(arguments, environ, stop)
         return code
     except Exception as error:
         write_failure(str(error) or type(error).__name__)
@@ -436,7 +436,7 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop
             timeout=timedelta(seconds=timeout_seconds),
         ),
         cancelled=lambda: stop.requested,
-        carried_bundle=settle(),
+        carried_bundle=carried_bundle(),
     )
 
 

@@ -10,9 +10,6 @@ _SHELL = ("/bin/sh", "-c")
 
 # Values of HOME that a container runtime sets for root when the image has none of its own.
 _RUNTIME_HOMES = {"", "/", "/root"}
-_PACKAGING_PREFIXES = ("_PYI_", "_MEI", "STATICX_")
-# Where the packaging unpacks our libraries, and puts first in LD_LIBRARY_PATH.
-_PACKAGING_DIRECTORIES = ("STATICX_BUNDLE_DIR", "_PYI_APPLICATION_HOME_DIR")
 
 
 def resolve_argv(
@@ -31,7 +28,7 @@ def resolve_argv(
 
 
 def child_environment(environ: Mapping[str, str], *, home: str | None) -> dict[str, str]:
-    """Return the environment of the user's process: the image's, without secrets and packaging.
+    """Return the environment of the user's process: the image's, without secrets.
 
     `home` replaces a HOME that the image did not set; None keeps it.
     """
@@ -39,24 +36,10 @@ def child_environment(environ: Mapping[str, str], *, home: str | None) -> dict[s
         name: value
         for name, value in environ.items()
         if not name.casefold().startswith("grand_challenge_")
-        and not name.startswith(_PACKAGING_PREFIXES)
     }
-    _restore_library_path(env, environ)
     own_home = env.get("HOME", "")
     if home is None:
         env["HOME"] = own_home or "/"
     elif own_home in _RUNTIME_HOMES:
         env["HOME"] = home
     return env
-
-
-def _restore_library_path(env: dict[str, str], environ: Mapping[str, str]) -> None:
-    """Undo PyInstaller's `LD_LIBRARY_PATH={ours}[:{image's}]`."""
-    ours, separator, original = environ.get("LD_LIBRARY_PATH", "").partition(":")
-    homes = [environ[name] for name in _PACKAGING_DIRECTORIES if environ.get(name)]
-    if not any(ours == home or ours.startswith(f"{home}/") for home in homes):
-        return
-    del env["LD_LIBRARY_PATH"]
-    if separator:
-        # Without the separator, the image has no LD_LIBRARY_PATH and a LD_LIBRARY_PATH_ORIG is its.
-        env["LD_LIBRARY_PATH"] = env.pop("LD_LIBRARY_PATH_ORIG", original)

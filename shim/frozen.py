@@ -1,57 +1,76 @@
-"""What only the static binary needs; .ci/launcher.c makes what is undone here.
+"""What only the static binary needs: undo what PyInstaller and staticx leave in the process.
 
 A checkout, an installed package and the zipapp are not frozen: nothing happens in them.
+
+Rule 1: the image's programs get the environment that the image was started with.
+Rule 2: libcrypto is ours; the image's configuration of its own must not reach it.
+Rule 3: once the user's code runs, nothing is read from the temporary directory: who tidies up /tmp
+        takes nothing from us.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import MutableMapping
+from contextlib import suppress
 from functools import cache
 
-_IMAGE_PREFIX = "SHIM_IMAGE_"
-_LAUNCHER_VARIABLES = ("PYTHONHOME", "PYTHONPATH", "OPENSSL_CONF")
+_PACKAGING_PREFIXES = ("_PYI_", "_MEI", "STATICX_")
 _BUNDLE = "cacert.pem"
+_MODULES = "modules.txt"
+# Where PyInstaller unpacks our libraries, and what it puts first in LD_LIBRARY_PATH.
+_HOME = getattr(sys, "_MEIPASS", "")
+
+
+def take_environment(environ: MutableMapping[str, str]) -> dict[str, str]:
+    """Return the environment that the image was started with; make environ, the process's, ours.
+
+    To be called before anything loads OpenSSL.
+    """
+    if not _HOME:
+        return dict(environ)
+    # PyInstaller has removed variables from environ; the kernel still has them.
+    with open("/proc/self/environ", encoding="utf-8", errors="surrogateescape") as file:
+        entries = file.read().split("\0")
+    image: dict[str, str] = {}
+    for entry in entries:
+        name, separator, value = entry.partition("=")
+        if separator and not name.startswith(_PACKAGING_PREFIXES):
+            image.setdefault(name, value)  # of several with one name, the first counts
+    restore_library_path(image, _HOME)
+    environ["OPENSSL_CONF"] = os.devnull
+    return image
+
+
+def restore_library_path(image: dict[str, str], home: str) -> None:
+    """Undo PyInstaller's `LD_LIBRARY_PATH={home}[:{image's}]`."""
+    ours, separator, original = image.get("LD_LIBRARY_PATH", "").partition(":")
+    if ours != home:
+        return
+    del image["LD_LIBRARY_PATH"]
+    if separator:
+        # Without the separator, the image has no LD_LIBRARY_PATH and a LD_LIBRARY_PATH_ORIG is its.
+        image["LD_LIBRARY_PATH"] = image.pop("LD_LIBRARY_PATH_ORIG", original)
 
 
 @cache
-def settle() -> str:
-    """Load what the launcher unpacked, remove it, return the path of the carried certificates.
-
-    To be called before anything else; "" when this is not the static binary.
-
-    From then on nobody who can write to the temporary directory has a part in what we load: all
-    modules come from the binary itself, and the certificates from an open file.
-    """
-    # From the command line, which the launcher writes: an image could set a variable.
-    directory = sys._xoptions.get("unpacked")
-    if not isinstance(directory, str):
+def carried_bundle() -> str:
+    """Return the path of the carried certificates, which stays valid; "" when nothing is frozen."""
+    if not _HOME:
         return ""
-    names = os.listdir(directory)
-    for name in names:
-        module, separator, _ = name.partition(".cpython-")
-        if separator:
-            __import__(module)
-    bundle = os.open(f"{directory}/{_BUNDLE}", os.O_RDONLY | os.O_CLOEXEC)
-    for name in names:
-        os.unlink(f"{directory}/{name}")
-    os.rmdir(directory)
-    # First the zip, by a descriptor. That of the directory stays open for ever as well: the dynamic
-    # loader knows it by its number.
-    del sys.path[1:]
+    bundle = os.open(f"{_HOME}/{_BUNDLE}", os.O_RDONLY | os.O_CLOEXEC)
     return f"/proc/self/fd/{bundle}"
 
 
-def image_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment that the image was started with."""
-    if not settle():
-        return dict(environ)
-    return {
-        name.removeprefix(_IMAGE_PREFIX): value
-        for name, value in environ.items()
-        if name not in _LAUNCHER_VARIABLES
-    }
+@cache
+def settle() -> None:
+    """Load all that is left to load from the temporary directory: rule 3."""
+    if carried_bundle():
+        with open(f"{_HOME}/{_MODULES}", encoding="ascii") as names:
+            for name in names.read().split():
+                with suppress(ImportError):  # one that needs what was left out
+                    __import__(name)
 
 
 def describe() -> str:
@@ -60,7 +79,7 @@ def describe() -> str:
 
     python = ".".join(map(str, sys.version_info[:3]))
     parts = [f"Python {python}", ssl.OPENSSL_VERSION]
-    if settle():
-        with open(settle(), encoding="ascii") as bundle:
+    if carried_bundle():
+        with open(carried_bundle(), encoding="ascii") as bundle:
             parts.append(f"certificates of {bundle.readline().strip()}")
     return ", ".join(parts)

@@ -22,6 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from shim import descendants
+from shim.frozen import settle
 from shim.users import User
 
 TYPE_CHECKING = False
@@ -73,6 +74,7 @@ class StartError(OSError):
 
 def launch(spec: ProcessSpec) -> Launched:
     """Start a command; return when it runs. Raises StartError."""
+    settle()
     command = _Command.from_spec(spec)
     with ExitStack() as ours:
         with ExitStack() as theirs:

@@ -1,0 +1,207 @@
+"""Build the forms of the shim that are one file: the static binary, and the zipapp.
+
+    python .ci/freeze.py binary | zipapp    make it, unless it is there for these sources
+
+The interpreter that runs this is the one that is frozen, by PyInstaller (shim.spec) and staticx.
+A build depends on nothing but the sources, the interpreter, the system's libraries and the versions
+in setup.cfg: neither on time, nor on the directory or the user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import importlib.util
+import io
+import logging
+import marshal
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = "sagemaker-shim"
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "shim/__init__.py").read_text())[1]
+NAMES = {
+    "binary": f"{PROGRAM}-{VERSION}-Linux-{platform.machine()}",
+    "zipapp": f"{PROGRAM}-{VERSION}.pyz",
+}
+CHECKSUMS = "checksums.txt"
+TOOLS = {"patchelf": "patchelf", "objdump": "binutils", "strip": "binutils", "ldd": "libc-bin"}
+
+
+def require_tools() -> None:
+    from PyInstaller.depend.bindepend import get_python_library_path
+
+    missing = {package for tool, package in TOOLS.items() if not shutil.which(tool)}
+    try:
+        get_python_library_path()
+    except Exception:
+        missing.add("libpython{}.{}".format(*sys.version_info))
+    if missing:
+        sys.exit(
+            f"freeze.py: {sys.executable} cannot be frozen here without {', '.join(sorted(missing))} "
+            "(names of Debian packages; libpython is a Python built with --enable-shared)"
+        )
+
+
+def make_binary() -> bytes:
+    require_tools()
+    with tempfile.TemporaryDirectory(prefix="shim-freeze-") as directory:
+        build = Path(directory)
+        program = run_pyinstaller(build)
+        output = build / "output"
+        run_staticx(program, output)
+        return output.read_bytes()
+
+
+def run_pyinstaller(build: Path) -> Path:
+    """Make the onefile executable that shim.spec describes."""
+    command = [sys.executable, "-m", "PyInstaller", "--clean", "--noconfirm", "--log-level=WARN"]
+    command += [f"--distpath={build}", f"--workpath={build / 'work'}", ROOT / ".ci/shim.spec"]
+    variables = {
+        "SHIM_BUILD": str(build),
+        "PYINSTALLER_CONFIG_DIR": str(build / "cache"),
+        "PYINSTALLER_ZLIB_COMPRESSION_LEVEL": "9",
+    }
+    subprocess.run(command, cwd=build, env={**os.environ, **variables}, check=True)
+    return build / PROGRAM
+
+
+def run_staticx(program: Path, output: Path) -> None:
+    """Wrap an executable with the libraries of the system that it needs, and print what is in it.
+
+    As `staticx --strip --no-compress` does, but for the times, owners and modes in the archive.
+    """
+    from PyInstaller.archive.readers import CArchiveReader
+    from staticx.api import StaticxGenerator
+
+    logging.disable(logging.INFO)
+    with StaticxGenerator(prog=str(program), strip=True, compress=False) as generator:
+        archive = generator.sxar.tar
+        members = []
+
+        def add(member: tarfile.TarInfo, *rest: object) -> None:
+            member.mtime = member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mode = 0o755
+            members.append(member)
+            tarfile.TarFile.addfile(archive, member, *rest)
+
+        archive.addfile = add
+        generator.generate(output=str(output))
+    sizes = {member.name: (member.size, member.size) for member in members if member.isfile()}
+    parts = CArchiveReader(str(program)).toc.items()
+    parts = {name: (full, packed) for name, (_, packed, full, *_) in parts if packed}
+    whole = output.stat().st_size
+    sizes["bootloader of staticx"] = (whole - sum(full for full, _ in sizes.values()),) * 2
+    packed = sum(packed for _, packed in parts.values())
+    sizes["bootloader of PyInstaller"] = (sizes.pop(PROGRAM)[0] - packed,) * 2
+    print_sizes(sizes | parts)
+
+
+def print_sizes(sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Print what the file consists of: the bytes of each part, and those it has in the file."""
+    sizes = {**sizes, "all": tuple(map(sum, zip(*sizes.values(), strict=True)))}
+    print(f"{'unpacked':>12}{'in the file':>12}")
+    for name, (full, packed) in sorted(sizes.items(), key=lambda row: -row[1][1]):
+        print(f"{full:12,}{packed:12,}  {name}")
+
+
+def make_zipapp() -> bytes:
+    """Return the package with its bytecode for this version; others run it from source."""
+    members = {"__main__.py": b"import shim.__main__\n"}
+    for path in sorted((ROOT / "shim").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        members |= {name: path.read_bytes(), f"{name}c": compile_module(path, name)}
+    buffer = io.BytesIO(b"#!/usr/bin/env python3\n")
+    buffer.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            member = zipfile.ZipInfo(name)  # of 1980
+            member.external_attr = 0o644 << 16
+            archive.writestr(member, data, zipfile.ZIP_DEFLATED, 9)
+    return buffer.getvalue()
+
+
+def compile_module(path: Path, name: str) -> bytes:
+    """Return the .pyc of a source that is never compared with it (PEP 552: hash-based, unchecked)."""
+    source = path.read_bytes()
+    code = compile(source, name, "exec", dont_inherit=True)
+    header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
+    # Marshalled twice: the counts of references to a fresh code object leave their marks.
+    copy = marshal.loads(marshal.dumps(code))
+    return header + importlib.util.source_hash(source) + marshal.dumps(copy)
+
+
+def make_tarball(name: str, data: bytes) -> bytes:
+    """Return a .tar.gz with one executable, the same whenever it is made."""
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", filename="", mtime=0) as stream:
+        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            member = tarfile.TarInfo(name)  # of 1970, root's
+            member.size, member.mode = len(data), 0o755
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def install(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file whole or not at all: others may be running its last version."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(data)
+    new.chmod(mode)
+    new.replace(path)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_checksums(dist: Path) -> None:
+    """List the files in dist as `sha256sum --check` reads it."""
+    paths = sorted(dist.glob(f"{PROGRAM}-*"))
+    rows = [f"{digest(path.read_bytes())}  {path.name}\n" for path in paths]
+    install(dist / CHECKSUMS, "".join(rows).encode())
+
+
+def digest_sources() -> str:
+    """Return a hash of all that a build is made from, the system's libraries left aside."""
+    paths = [*(ROOT / "shim").rglob("*.py"), *(ROOT / ".ci").iterdir(), ROOT / "setup.cfg"]
+    parts = [f"{path.relative_to(ROOT)} {digest(path.read_bytes())}" for path in sorted(paths)]
+    return digest("\n".join([sys.version, *parts]).encode())
+
+
+def build(form: str, dist: Path) -> None:
+    """Make a form in dist, unless it is there for these sources."""
+    path = dist / NAMES[form]
+    stamp = dist / f".{path.name}.made-from"
+    if not path.exists() or not stamp.exists() or stamp.read_text() != digest_sources():
+        data = make_binary() if form == "binary" else make_zipapp()
+        install(path, data, 0o755)
+        if form == "binary":
+            install(dist / f"{path.name}.tar.gz", make_tarball(path.name, data))
+        write_checksums(dist)
+        install(stamp, digest_sources().encode())
+    print(path)
+
+
+if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # the order of sets gets into bytecode
+        environ = {**os.environ, "PYTHONHASHSEED": "0"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environ)
+    os.umask(0o022)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("form", choices=NAMES)
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="the directory for it")
+    arguments = parser.parse_args()
+    build(arguments.form, arguments.dist.absolute())
