@@ -28,8 +28,8 @@ from shim.modes import ExecMode, InvokeMode
 from shim.process import run_helper
 from shim.runner import PlatformFailure, Runner
 from shim.runtime import Runtime, leave_setup_result
-from shim.s3.client import connect
 from shim.s3.errors import S3ClientError
+from shim.s3.store import LateStore
 from shim.s3.uri import parse_s3_uri
 from shim.settings import RESULT_VARIABLES, Settings
 from shim.stopping import Stop
@@ -65,6 +65,8 @@ TASKS_LIMIT_BYTES = 256 * 1024 * 1024
 # Endpoints are killed 30 s after SIGTERM; a task in hand needs part of that to leave its result.
 LEAVE_SECONDS = 20.0
 ANSWER_SECONDS = 2.0
+# After the start, for the first answers to /ping to be quick; a task does not wait for it.
+QUIET_SECONDS = 1.0
 SETTINGS_MESSAGE = "The settings of the platform are not valid"
 
 
@@ -200,7 +202,11 @@ class Job:
         self.log.info(title)
         for warning in self.settings.warnings:
             self.log.warning(warning)
-        self.store = store or connect_store(self.settings, environ, self.log, stop)
+        self._late = LateStore(lambda: connect_store(self.settings, environ, self.log, stop))
+        # It passes on whatever a store is asked for.
+        self.store: Store = store or self._late
+        if store is None and self.settings.names_objects:
+            self._late.connect()
         method = InvokeMode if self.settings.api_method == "invoke" else ExecMode
         mode = method(
             settings=self.settings, environ=environ, log=self.log, stop=stop, clock=time.monotonic
@@ -228,6 +234,11 @@ class Job:
         error = failure.exc_value or failure.exc_type()
         self.log.exception("An exception was not handled", error)
 
+    def complete(self) -> None:
+        """Do what the first answer to /ping need not wait for."""
+        settle()
+        self._late.connect()
+
     @contextmanager
     def ready(self) -> Iterator[bool]:
         """Make ready for tasks, say whether that succeeded, and clean up at the end."""
@@ -249,6 +260,7 @@ def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: 
     # What can be refused at once is refused before anything is written or contacted.
     tasks = None if is_remote else _parse(_read_local(text, file))
     job = Job(environ=environ, stop=stop, title="Invoking the model")
+    job.complete()
     if tasks is None:
         tasks = _parse(_read_remote(file, job.store, stop))
     with job.ready() as is_ready:
@@ -270,7 +282,9 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
         with job.ready() as is_ready:
             if is_ready:
                 service.open()
-                wait_readable(stop, service)
+                if not wait_readable(stop, service, seconds=QUIET_SECONDS):
+                    job.complete()
+                    wait_readable(stop, service)
                 service.close(timeout_seconds=LEAVE_SECONDS)
     except TaskStopped:
         job.log.info("Stopped while setting up")
@@ -425,6 +439,8 @@ def _leave_refusal(environ: Mapping[str, str]) -> None:
 
 def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop: Stop) -> Store:
     """Return the object storage that the environment names."""
+    from shim.s3.client import connect
+
     return connect(
         environ,
         concurrency=settings.async_concurrency,
@@ -440,9 +456,9 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop
     )
 
 
-def wait_readable(*sources: HasFileno) -> None:
-    """Block until one of the descriptors can be read."""
+def wait_readable(*sources: HasFileno, seconds: float | None = None) -> bool:
+    """Block until one of the descriptors can be read, or for so long; say whether one can."""
     poller = select.poll()
     for source in sources:
         poller.register(source.fileno(), select.POLLIN)
-    poller.poll()
+    return bool(poller.poll(None if seconds is None else seconds * 1000))

@@ -66,9 +66,7 @@ class Situation:
     @property
     def names_objects(self) -> bool:
         """Tell whether the run needs a bucket, as far as is known here."""
-        settings = self.settings
-        named = settings.model, settings.ground_truth, settings.runtime_output_bucket_name
-        return self.read_tasks is not None or any(named)
+        return self.read_tasks is not None or self.settings.names_objects
 
 
 def examine(

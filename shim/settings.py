@@ -257,6 +257,11 @@ class Settings:
             raise InvalidSettings(problems)
         return cls(**values, warnings=tuple(_warnings(environ)))
 
+    @property
+    def names_objects(self) -> bool:
+        """Tell whether the set-up needs a bucket."""
+        return any((self.model, self.ground_truth, self.runtime_output_bucket_name))
+
 
 # By the name of their field.
 VARIABLES: dict[str, Variable] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-    from typing import BinaryIO, Protocol
+    from typing import Any, BinaryIO, Protocol
 
     from shim.s3.crew import Crew
 
@@ -68,3 +69,26 @@ class ObjectSummary:
 
     key: str
     size: int
+
+
+class LateStore:
+    """A store that whoever needs it first connects."""
+
+    def __init__(self, connect: Callable[[], Store]) -> None:
+        self._connect = connect
+        self._store: Store | None = None
+        self._lock = threading.Lock()
+
+    def connect(self) -> Store:
+        """Return the one store; raises what connecting raises."""
+        with self._lock:
+            self._store = self._store or self._connect()
+            return self._store
+
+    def close(self) -> None:
+        """Close kept connections, if there ever were any."""
+        if self._store is not None:
+            self._store.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connect(), name)
