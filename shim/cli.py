@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 
 PROGRAM = "sagemaker-shim"
+HELP_COLUMNS = 98
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8080
@@ -72,6 +73,10 @@ SETTINGS_MESSAGE = "The settings of the platform are not valid"
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of leaving the process."""
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        # Without a width it asks shutil for that of the terminal, which loads all compressors.
+        return argparse.HelpFormatter(prog=self.prog, width=HELP_COLUMNS)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
