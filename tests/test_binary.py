@@ -1,0 +1,409 @@
+"""The static binary where nothing else is: roots without an image, as PID 1, in want of a disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shim import __version__
+from shim.frozen import restore_library_path
+from tests.e2e.platform import b64j
+from tests.s3_servers import S3Server
+from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
+
+pytestmark = needs_root
+
+ROOT = Path(__file__).parents[1]
+P = "GRAND_CHALLENGE_COMPONENT_"
+BUDGET_BYTES = 10_500_000
+BUSYBOX = "/bin/busybox"
+
+
+@pytest.fixture(scope="module")
+def binary() -> Path:
+    """The binary of these sources, built unless it is there."""
+    done = subprocess.run([ROOT / "build.sh", "binary"], capture_output=True, text=True)
+    if done.returncode and not os.environ.get("CI"):
+        pytest.skip(f"the binary cannot be built here: {done.stderr.splitlines()[-1]}")
+    assert 0 == done.returncode, done.stderr
+    return Path(done.stdout.split()[-1])
+
+
+class Root:
+    """A root directory for chroot, with the binary, and a PID namespace to run it in."""
+
+    def __init__(self, path: Path, binary: Path) -> None:
+        self.path = path
+        for name in ("tmp", "proc"):
+            (path / name).mkdir(parents=True)
+        (path / "tmp").chmod(0o1777)
+        path.chmod(0o755)
+        os.link(binary, path / "shim")
+        # Commands before the chroot, in the mount namespace of the root.
+        self.prepare = "true"
+        self.user = ""
+
+    def add_shell(self) -> None:
+        if not os.path.exists(BUSYBOX):
+            pytest.skip("needs the Debian package busybox-static")
+        for name in ("bin", "in", "etc"):
+            (self.path / name).mkdir()
+        shutil.copy(BUSYBOX, self.path / "bin/busybox")
+        for name in ("sh", "env", "sleep", "rm", "cat", "ls", "ps"):
+            (self.path / "bin" / name).symlink_to("busybox")
+
+    def script(self, text: str) -> dict[str, str]:
+        """Return variables that make a shell script the command."""
+        return {P + "CMD_B64J": b64j(["/bin/sh", "-c", text]), P + "USE_LINKED_INPUT": "False"}
+
+    def start(self, *arguments: str, environ: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+        script = (
+            f'mount -t proc proc "$0/proc" && {self.prepare} && exec chroot {self.user} "$0" "$@"'
+        )
+        namespaces = ["unshare", "--pid", "--fork", "--mount", "--kill-child"]
+        return subprocess.Popen(
+            [*namespaces, "sh", "-c", script, self.path, "/shim", *arguments],
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def run(self, *arguments: str, environ: Mapping[str, str] = {}) -> tuple[int, str, str]:
+        with self.start(*arguments, environ=environ) as process:
+            stdout, stderr = process.communicate(timeout=30)
+        return process.returncode, stdout, stderr
+
+    def task(self, script: str, **environ: str) -> tuple[int, list[str], str]:
+        """Run a script by `run`; return the code, its lines and stderr."""
+        code, stdout, stderr = self.run(
+            *("run", "--input", "/in", "--output", "/out"), environ=environ | self.script(script)
+        )
+        lines = [json.loads(line) for line in stdout.splitlines()]
+        return code, [line["log"] for line in lines if not line["internal"]], stderr
+
+    def leftovers(self) -> list[str]:
+        return sorted(os.listdir(self.path / "tmp"))
+
+    @contextmanager
+    def serving(
+        self, environ: Mapping[str, str] = {}
+    ) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
+        """Yield (process, PID 1 of the container seen from here, port) once /ping is 200."""
+        port = free_port()
+        with self.start("serve", "--port", str(port), environ=environ) as process:
+            try:
+                ping = ("GET", f"http://127.0.0.1:{port}/ping")
+                poll(lambda: request(*ping) == 200, seconds=10)
+                yield process, first_child(process.pid), port
+            finally:
+                if process.poll() is None:
+                    os.kill(first_child(process.pid), signal.SIGKILL)
+
+
+def first_child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+def request(method: str, url: str, body: bytes | None = None) -> int:
+    """Return the status of an answer; 0 when there is none."""
+    import http.client
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
+    try:
+        connection.request(method, parts.path, body)
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def empty_root(tmp_path: Path, binary: Path) -> Root:
+    """A root with /tmp, /proc and the binary."""
+    return Root(tmp_path / "root", binary)
+
+
+@pytest.fixture
+def root(empty_root: Root) -> Root:
+    """A root with a shell that is linked with musl or anything but our glibc: statically."""
+    empty_root.add_shell()
+    return empty_root
+
+
+def test_it_is_named_by_its_version_and_machine(binary: Path) -> None:
+    assert f"sagemaker-shim-{__version__}-Linux-{os.uname().machine}" == binary.name
+    assert 0o755 == binary.stat().st_mode & 0o777
+    with tarfile.open(f"{binary}.tar.gz") as archive:
+        assert [binary.name] == archive.getnames()
+        packed = archive.extractfile(binary.name)
+        assert packed and binary.read_bytes() == packed.read()
+    subprocess.run(["sha256sum", "--quiet", "-c", "checksums.txt"], cwd=binary.parent, check=True)
+    assert binary.name in (binary.parent / "checksums.txt").read_text()
+
+
+def test_it_stays_small(binary: Path) -> None:
+    assert BUDGET_BYTES >= binary.stat().st_size
+
+
+@pytest.mark.timeout(240)
+def test_two_builds_are_the_same(binary: Path, tmp_path: Path) -> None:
+    python = next((ROOT / ".venv").glob("freeze-*")) / "bin/python"
+    environ = {"PATH": os.environ["PATH"], "TZ": "Asia/Tokyo", "LANG": "C", "TMPDIR": str(tmp_path)}
+    subprocess.run(
+        [python, ROOT / ".ci/freeze.py", "binary", "--dist", tmp_path / "dist"],
+        env=environ,
+        check=True,
+        capture_output=True,
+        umask=0o077,
+    )
+    again = tmp_path / "dist" / binary.name
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (binary, again)]
+    assert digests[0] == digests[1]
+
+
+def test_an_empty_root_is_enough(empty_root: Root) -> None:
+    code, stdout, stderr = empty_root.run("--version")
+    pattern = (
+        rf"sagemaker-shim {re.escape(__version__)} "
+        r"\(Python 3\.\d+\.\d+, OpenSSL 3\..+, certificates of \d{4}-\d\d-\d\d\)\n"
+    )
+    assert re.fullmatch(pattern, stdout)
+    assert (0, "") == (code, stderr)
+    assert [] == empty_root.leftovers()
+
+
+def test_it_carries_authorities_for_an_image_without(empty_root: Root) -> None:
+    _, stdout, _ = empty_root.run("check", "--log-format", "json", "--", "/shim")
+    found = re.search(r"authorities: (\d+) certificates", stdout)
+    assert found and int(found[1]) > 100
+
+
+def test_a_configuration_of_openssl_in_the_image_does_no_harm(empty_root: Root) -> None:
+    (empty_root.path / "openssl.cnf").write_text(
+        "openssl_conf = init\n[init]\nproviders = p\n[p]\nbase = b\n[b]\nactivate = 1\n"
+    )
+    _, stdout, _ = empty_root.run("check", environ={"OPENSSL_CONF": "/openssl.cnf"})
+    assert "certificates" in stdout
+
+
+def test_tls_from_an_empty_root(empty_root: Root, rclone_tls: S3Server) -> None:
+    bucket = rclone_tls.make_bucket("tls-empty-root")
+    shutil.copy(rclone_tls.environ["AWS_CA_BUNDLE"], empty_root.path / "ca.pem")
+    environ = {**rclone_tls.environ, "AWS_CA_BUNDLE": "/ca.pem"}
+    environ |= {P + "CMD_B64J": b64j(["/shim", "--version"]), P + "USE_LINKED_INPUT": "False"}
+    task = {
+        "pk": "t",
+        "inputs": [],
+        "output_bucket_name": bucket,
+        "output_prefix": "out",
+        "timeout": "PT1M",
+    }
+    code, stdout, stderr = empty_root.run("invoke", "-t", json.dumps([task]), environ=environ)
+    assert 0 == code, stdout + stderr
+    assert "certificates of" in stdout  # the command was this program in itself
+    result = rclone_tls.boto3().get_object(
+        Bucket=bucket, Key="out/.sagemaker_shim/inference_result.json"
+    )
+    assert 0 == json.loads(result["Body"].read())["return_code"]
+    assert [] == empty_root.leftovers()
+
+
+def test_the_command_has_the_environment_of_the_image(root: Root) -> None:
+    image = {
+        "LD_LIBRARY_PATH": "/cuda/lib:/b",
+        "OPENSSL_CONF": "/image.cnf",
+        "VIRTUAL_ENV": "/venv",
+        "LANG": "C",
+        "EMPTY": "",
+    }
+    code, lines, _ = root.task("env", **image)
+    shell = {"PWD", "SHLVL", "OLDPWD", "_", "HOME", "PATH"}
+    seen = dict(line.split("=", 1) for line in lines)
+    assert 0 == code
+    assert image == {name: value for name, value in seen.items() if name not in shell}
+
+
+def test_a_library_path_is_not_made_up(root: Root) -> None:
+    _, lines, _ = root.task("env")
+    assert [] == [line for line in lines if line.startswith(("LD_", "OPENSSL_", "_", "STATICX"))]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"LD_LIBRARY_PATH": "/ours"}, {}),
+        ({"LD_LIBRARY_PATH": "/ours:/a:/b", "LD_LIBRARY_PATH_ORIG": "/a:/b"}, "/a:/b"),
+        ({"LD_LIBRARY_PATH": "/ours:/a"}, "/a"),
+        ({"LD_LIBRARY_PATH": "/ours:", "LD_LIBRARY_PATH_ORIG": ""}, ""),
+        (
+            {"LD_LIBRARY_PATH": "/ours", "LD_LIBRARY_PATH_ORIG": "/stale"},
+            {"LD_LIBRARY_PATH_ORIG": "/stale"},
+        ),
+        ({"LD_LIBRARY_PATH": "/ours-not"}, "/ours-not"),
+        ({"LD_LIBRARY_PATH_ORIG": "/stale"}, {"LD_LIBRARY_PATH_ORIG": "/stale"}),
+    ],
+    ids=["added", "prepended", "original-lost", "to-empty", "stale", "similar-name", "none"],
+)
+def test_the_library_path_is_restored(
+    variables: dict[str, str], expected: dict[str, str] | str
+) -> None:
+    image = dict(variables)
+    restore_library_path(image, "/ours")
+    assert (expected if isinstance(expected, dict) else {"LD_LIBRARY_PATH": expected}) == image
+
+
+def test_it_needs_nothing_from_tmp_once_a_task_runs(root: Root, rclone_tls: S3Server) -> None:
+    bucket = rclone_tls.make_bucket("tidy")
+    shutil.copy(rclone_tls.environ["AWS_CA_BUNDLE"], root.path / "ca.pem")
+    environ = {**rclone_tls.environ, "AWS_CA_BUNDLE": "/ca.pem"}
+    environ |= root.script("rm -rf /tmp/* /tmp/.[a-z]*; echo x >/output/x")
+    task = {"inputs": [], "output_bucket_name": bucket, "timeout": "PT1M"}
+    tasks = [{**task, "pk": pk, "output_prefix": f"out/{pk}"} for pk in ("a", "b")]
+    code, stdout, stderr = root.run("invoke", "-t", json.dumps(tasks), environ=environ)
+    assert 0 == code, stdout + stderr
+    keys = [item["Key"] for item in rclone_tls.boto3().list_objects_v2(Bucket=bucket)["Contents"]]
+    assert {"out/a/x", "out/b/x"} <= set(keys)
+
+
+def test_output_is_utf_8_whatever_the_locale(root: Root) -> None:
+    code, lines, _ = root.task("printf 'gr\\303\\274n\\n'; exit 3", LANG="C", LC_ALL="POSIX")
+    assert (1, ["grün"]) == (code, lines[:1])
+
+
+def read_only(root: Root) -> None:
+    (root.path / "out").mkdir()
+    path = f'"{root.path}"'
+    root.prepare = (
+        f"mount --bind {path} {path} && mount -t tmpfs -o mode=1777 tmpfs {path}/tmp && "
+        f"mount -t tmpfs tmpfs {path}/out && mount -o remount,ro,bind {path} && "
+        f"mount -t proc proc {path}/proc"
+    )
+
+
+def unprivileged(root: Root) -> None:
+    root.user = f"--userspec={UNPRIVILEGED_UID}:{UNPRIVILEGED_UID}"
+
+
+@pytest.mark.parametrize("change", [read_only, unprivileged])
+def test_it_starts_all_the_same(root: Root, change: Callable[[Root], None]) -> None:
+    change(root)
+    code, stdout, stderr = root.run("check", "--", "/bin/env")
+    assert "the user may execute '/bin/env'" in stdout, stderr
+    assert [] == root.leftovers()
+
+
+def missing(root: Root) -> None:
+    (root.path / "tmp").rmdir()
+
+
+def full(root: Root) -> None:
+    root.prepare = f'mount -t tmpfs -o size=4m tmpfs "{root.path}/tmp"'
+
+
+def noexec(root: Root) -> None:
+    root.prepare = f'mount -t tmpfs -o noexec tmpfs "{root.path}/tmp"'
+
+
+@pytest.mark.parametrize("change", [missing, full, noexec])
+def test_where_tmp_is_of_no_use_tmpdir_is(
+    empty_root: Root, change: Callable[[Root], None]
+) -> None:
+    change(empty_root)
+    code, _, stderr = empty_root.run("--version")
+    assert code not in (0, -signal.SIGSEGV) and re.search(r"tmp|xtract", stderr)
+    (empty_root.path / "elsewhere").mkdir()
+    code, stdout, stderr = empty_root.run("--version", environ={"TMPDIR": "/elsewhere"})
+    assert 0 == code and "certificates of" in stdout, stderr
+    assert [] == os.listdir(empty_root.path / "elsewhere")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_pid_1_reaches_the_task(root: Root, signum: signal.Signals) -> None:
+    environ = root.script("trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.1; done")
+    with root.start("run", "--input", "/in", "--output", "/out", environ=environ) as process:
+        assert process.stdout
+        lines = []
+        while '"log": "ready"' not in (lines or [""])[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr and process.stderr.read()
+        os.kill(first_child(process.pid), signum)
+        rest, _ = process.communicate(timeout=10)
+    assert '"log": "bye"' in rest
+    assert 128 + signum == process.returncode
+    assert [] == root.leftovers()
+
+
+def test_orphans_are_reaped_and_serve_ends_with_0(root: Root) -> None:
+    script = "(sleep 0 &) ; (sleep 0.1 &) ; sleep 0.3"
+    with root.serving(root.script(script)) as (process, pid_1, _):
+        assert "Z" not in states(pid_1)
+        os.kill(pid_1, signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert 0 == process.returncode
+    assert [] == root.leftovers()
+
+
+def test_no_zombies_are_left_by_tasks(root: Root, tmp_path: Path) -> None:
+    store = {"AWS_S3_ENDPOINT_URL": "file:///store"}
+    (root.path / "store/bucket").mkdir(parents=True)
+    environ = store | root.script("(setsid sleep 0.05 &); (sleep 60 &); exit 0")
+    with root.serving(environ) as (process, pid_1, port):
+        task = {
+            "pk": "t",
+            "inputs": [],
+            "output_bucket_name": "bucket",
+            "output_prefix": "o",
+            "timeout": "PT1M",
+        }
+        url = f"http://127.0.0.1:{port}/invocations"
+        assert 200 == request("POST", url, json.dumps(task).encode())
+        poll(lambda: len(states(pid_1)) == 3 and "Z" not in states(pid_1), seconds=5)
+        os.kill(pid_1, signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert 0 == process.returncode
+
+
+def states(pid: int) -> list[str]:
+    """Return the states of a process and of all below it."""
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [stat[0], *(state for child in children for state in states(int(child)))]
+
+
+def test_ping_does_not_wait_for_a_dead_resolver(root: Root) -> None:
+    (root.path / "etc/resolv.conf").write_text("nameserver 192.0.2.1\n")
+    with root.serving(root.script("true")) as (process, _, port):
+        # Answered already; a task list on S3 is what would need a name.
+        assert 200 == request("GET", f"http://127.0.0.1:{port}/ping")
+
+
+def test_threads_that_are_alive_at_the_end_change_no_exit_code(empty_root: Root) -> None:
+    """glibc would abort without libgcc_s, which a full image hides."""
+    codes: list[Any] = []
+    for _ in range(3):
+        with empty_root.serving(root_command()) as (process, pid_1, _):
+            os.kill(pid_1, signal.SIGTERM)
+            process.communicate(timeout=10)
+            codes.append(process.returncode)
+    assert [0, 0, 0] == codes
+
+
+def root_command() -> dict[str, str]:
+    return {P + "CMD_B64J": b64j(["/shim", "--version"]), P + "USE_LINKED_INPUT": "False"}
