@@ -84,13 +84,29 @@ ensure_oracles() {
 run_tests() {
   local pythons python environment
   pythons=$(interpreters "${CI:+all}")
-  ensure_debian openssl util-linux e2fsprogs mount procps
+  ensure_debian openssl util-linux e2fsprogs mount procps busybox-static
   for python in $pythons; do
     environment=$(ensure_environment "$python" test)
     ensure_oracles "$environment"
     say "testing with $("$environment/bin/python" --version)"
     "$environment/bin/python" -m pytest -n "${WORKERS:-4}" --dist loadfile "$@"
   done
+  [ $# -gt 0 ] || test_frozen "$environment"
+}
+
+# Run the end-to-end tests against the binary, and some of them against the zipapp; in CI both must
+# be there.
+test_frozen() {
+  local binary zipapp pytest=("$1/bin/python" -m pytest -n "${WORKERS:-4}" --dist loadfile)
+  if ! { binary=$(run_freeze binary | tail -n 1) && zipapp=$(run_freeze zipapp | tail -n 1); }; then
+    [ -z "${CI:-}" ] || die "the frozen forms could not be built"
+    say "the frozen forms could not be built: they are not tested"
+    return
+  fi
+  say "testing ${binary##*/}"
+  SHIM_COMMAND=$binary "${pytest[@]}" tests/e2e
+  say "testing ${zipapp##*/}"
+  SHIM_COMMAND="$1/bin/python $zipapp" "${pytest[@]}" tests/e2e/test_run.py tests/e2e/test_invoke.py
 }
 
 # Print the interpreter to freeze: the distribution's, with its shared library and no RUNPATH.

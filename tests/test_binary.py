@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 P = "GRAND_CHALLENGE_COMPONENT_"
 BUDGET_BYTES = 10_500_000
 BUSYBOX = "/bin/busybox"
+NONE: Mapping[str, str] = {}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ class Root:
         """Return variables that make a shell script the command."""
         return {P + "CMD_B64J": b64j(["/bin/sh", "-c", text]), P + "USE_LINKED_INPUT": "False"}
 
-    def start(self, *arguments: str, environ: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, environ: Mapping[str, str] = NONE) -> subprocess.Popen[str]:
         script = (
             f'mount -t proc proc "$0/proc" && {self.prepare} && exec chroot {self.user} "$0" "$@"'
         )
@@ -82,7 +84,7 @@ class Root:
             encoding="utf-8",
         )
 
-    def run(self, *arguments: str, environ: Mapping[str, str] = {}) -> tuple[int, str, str]:
+    def run(self, *arguments: str, environ: Mapping[str, str] = NONE) -> tuple[int, str, str]:
         with self.start(*arguments, environ=environ) as process:
             stdout, stderr = process.communicate(timeout=30)
         return process.returncode, stdout, stderr
@@ -100,7 +102,7 @@ class Root:
 
     @contextmanager
     def serving(
-        self, environ: Mapping[str, str] = {}
+        self, environ: Mapping[str, str] = NONE
     ) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
         """Yield (process, PID 1 of the container seen from here, port) once /ping is 200."""
         port = free_port()
@@ -289,7 +291,7 @@ def test_output_is_utf_8_whatever_the_locale(root: Root) -> None:
 
 def read_only(root: Root) -> None:
     (root.path / "out").mkdir()
-    path = f'"{root.path}"'
+    path = shlex.quote(str(root.path))
     root.prepare = (
         f"mount --bind {path} {path} && mount -t tmpfs -o mode=1777 tmpfs {path}/tmp && "
         f"mount -t tmpfs tmpfs {path}/out && mount -o remount,ro,bind {path} && "
@@ -314,17 +316,15 @@ def missing(root: Root) -> None:
 
 
 def full(root: Root) -> None:
-    root.prepare = f'mount -t tmpfs -o size=4m tmpfs "{root.path}/tmp"'
+    root.prepare = f"mount -t tmpfs -o size=4m tmpfs {root.path}/tmp"
 
 
 def noexec(root: Root) -> None:
-    root.prepare = f'mount -t tmpfs -o noexec tmpfs "{root.path}/tmp"'
+    root.prepare = f"mount -t tmpfs -o noexec tmpfs {root.path}/tmp"
 
 
 @pytest.mark.parametrize("change", [missing, full, noexec])
-def test_where_tmp_is_of_no_use_tmpdir_is(
-    empty_root: Root, change: Callable[[Root], None]
-) -> None:
+def test_where_tmp_is_of_no_use_tmpdir_is(empty_root: Root, change: Callable[[Root], None]) -> None:
     change(empty_root)
     code, _, stderr = empty_root.run("--version")
     assert code not in (0, -signal.SIGSEGV) and re.search(r"tmp|xtract", stderr)
