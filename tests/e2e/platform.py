@@ -156,6 +156,7 @@ class Platform:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            start_new_session=True,
             **options,
         )
 
@@ -188,7 +189,13 @@ def finish(
     try:
         stdout, stderr = process.communicate(stdin, timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        stdout, stderr = process.communicate()
+        stdout, stderr = kill(process)
         raise AssertionError(f"still running after {seconds} s:\n{stdout}\n{stderr}") from None
     return Finished(process.returncode, stdout, stderr)
+
+
+def kill(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a shim at once, all processes that the packaging makes of it, and return its output."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate()

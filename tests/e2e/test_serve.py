@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.e2e.platform import Finished, Platform, finish
+from tests.e2e.platform import Finished, Platform, finish, kill
 from tests.support import free_port, poll
 
 
@@ -58,8 +58,7 @@ def serving(platform: Platform) -> Iterator[Server]:
         yield server
     finally:
         if server.process.poll() is None:
-            server.process.kill()
-            server.process.communicate()
+            kill(server.process)
 
 
 def test_a_task_is_run_and_its_result_returned(platform: Platform) -> None:
