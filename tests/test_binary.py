@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,10 @@ class Root:
             (path / name).mkdir(parents=True)
         (path / "tmp").chmod(0o1777)
         path.chmod(0o755)
-        os.link(binary, path / "shim")
+        try:
+            os.link(binary, path / "shim")
+        except OSError:  # another file system
+            shutil.copy(binary, path / "shim")
         # Commands before the chroot, in the mount namespace of the root.
         self.prepare = "true"
         self.user = ""
@@ -202,7 +206,7 @@ def test_a_configuration_of_openssl_in_the_image_does_no_harm(empty_root: Root) 
         "openssl_conf = init\n[init]\nproviders = p\n[p]\nbase = b\n[b]\nactivate = 1\n"
     )
     _, stdout, _ = empty_root.run("check", environ={"OPENSSL_CONF": "/openssl.cnf"})
-    assert "certificates" in stdout
+    assert re.search(r"\d{3} certificates", stdout)
 
 
 def test_tls_from_an_empty_root(empty_root: Root, rclone_tls: S3Server) -> None:
@@ -350,16 +354,6 @@ def test_a_signal_to_pid_1_reaches_the_task(root: Root, signum: signal.Signals) 
     assert [] == root.leftovers()
 
 
-def test_orphans_are_reaped_and_serve_ends_with_0(root: Root) -> None:
-    script = "(sleep 0 &) ; (sleep 0.1 &) ; sleep 0.3"
-    with root.serving(root.script(script)) as (process, pid_1, _):
-        assert "Z" not in states(pid_1)
-        os.kill(pid_1, signal.SIGTERM)
-        process.communicate(timeout=10)
-    assert 0 == process.returncode
-    assert [] == root.leftovers()
-
-
 def test_no_zombies_are_left_by_tasks(root: Root, tmp_path: Path) -> None:
     store = {"AWS_S3_ENDPOINT_URL": "file:///store"}
     (root.path / "store/bucket").mkdir(parents=True)
@@ -389,9 +383,9 @@ def states(pid: int) -> list[str]:
 
 def test_ping_does_not_wait_for_a_dead_resolver(root: Root) -> None:
     (root.path / "etc/resolv.conf").write_text("nameserver 192.0.2.1\n")
-    with root.serving(root.script("true")) as (process, _, port):
-        # Answered already; a task list on S3 is what would need a name.
-        assert 200 == request("GET", f"http://127.0.0.1:{port}/ping")
+    began = time.monotonic()
+    with root.serving(root.script("true")):
+        assert time.monotonic() - began < 3  # a look-up takes 10 s
 
 
 def test_threads_that_are_alive_at_the_end_change_no_exit_code(empty_root: Root) -> None:
