@@ -106,7 +106,7 @@ test_frozen() {
   say "testing ${binary##*/}"
   SHIM_COMMAND=$binary "${pytest[@]}" tests/e2e
   say "testing ${zipapp##*/}"
-  SHIM_COMMAND="$1/bin/python $zipapp" "${pytest[@]}" tests/e2e/test_run.py tests/e2e/test_invoke.py
+  SHIM_COMMAND="$PWD/$1/bin/python $zipapp" "${pytest[@]}" tests/e2e/test_run.py tests/e2e/test_invoke.py
 }
 
 # Print the interpreter to freeze: the distribution's, with its shared library and no RUNPATH.

@@ -44,6 +44,7 @@ from shim.workspace import Workspace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from io import FileIO
     from typing import NoReturn, Protocol
 
     from shim.logs import Style
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "sagemaker-shim"
 HELP_COLUMNS = 98
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8080
 # SageMaker shows the first characters of this file as the reason of a failed job.
@@ -63,8 +64,9 @@ FAILURE_FILE = Path("/opt/ml/output/failure")
 FAILURE_CHARACTERS = 1024
 # A list of 100,000 inputs has about 20 MB; Python needs some ten times that to hold it.
 TASKS_LIMIT_BYTES = 256 * 1024 * 1024
+PIECE_BYTES = 1024 * 1024
 # Endpoints are killed 30 s after SIGTERM; a task in hand needs part of that to leave its result.
-LEAVE_SECONDS = 20.0
+LEAVE_SECONDS = 12.0
 ANSWER_SECONDS = 2.0
 # After the start, for the first answers to /ping to be quick; a task does not wait for it.
 QUIET_SECONDS = 1.0
@@ -90,6 +92,13 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
+def parse_port(text: str) -> int:
+    """Return the number of a TCP port."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, found {text!r}")
+    return int(text)
+
+
 def build_parser() -> Parser:
     """Return the parser of the whole command line."""
     parser = Parser(
@@ -100,12 +109,9 @@ def build_parser() -> Parser:
 
     serve = commands.add_parser("serve", help="answer SageMaker on port 8080")
     serve.set_defaults(run=run_serve)
-    serve.add_argument(
-        "--port", type=int, default=SERVE_PORT, help=f"listen here (default: {SERVE_PORT})"
-    )
+    serve.add_argument("--port", type=parse_port, default=SERVE_PORT, help=f"default: {SERVE_PORT}")
 
     invoke = commands.add_parser("invoke", help="run a list of tasks as a batch")
-    invoke.set_defaults(run=run_invoke)
     invoke.add_argument("-t", "--tasks", metavar="JSON", help="the list of tasks itself")
     invoke.add_argument(
         "-f",
@@ -114,6 +120,7 @@ def build_parser() -> Parser:
         help="where the list is: s3://BUCKET/KEY, s3://BUCKET/PREFIX/ (every *.json below it), "
         "a local path, or - for standard input",
     )
+    invoke.set_defaults(run=run_invoke, refuse=invoke.error)
 
     run = commands.add_parser("run", help="run one task on local directories, without AWS")
     run.set_defaults(run=run_locally)
@@ -143,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     stop = Stop()
     for signum in STOP_SIGNALS:
+        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+            continue  # nohup
         signal.signal(signum, lambda number, _frame: stop.request(number))
     # Inherited as ignored, it would take the return codes of children from us.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -163,7 +172,7 @@ def exit_code(error: Exception, stop: Stop) -> int:
     if isinstance(error, UsageError | InvalidSettings):
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
-    if isinstance(error, TaskStopped):
+    if isinstance(error, TaskStopped) or (stop.requested and isinstance(error, S3ClientError)):
         return 128 + (stop.signum or 0)
     if isinstance(error, S3ClientError):
         Log().error(str(error))
@@ -178,8 +187,8 @@ def write_failure(reason: str, path: Path = FAILURE_FILE) -> None:
         # The user's command may have put something else under this name.
         path.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(path, flags, 0o644), "w", encoding="utf-8") as file:
-            file.write(reason[:FAILURE_CHARACTERS])
+        with open(os.open(path, flags, 0o644), "wb") as file:
+            file.write(reason[:FAILURE_CHARACTERS].encode(errors="backslashreplace"))
 
 
 class Job:
@@ -195,7 +204,7 @@ class Job:
         store: Store | None = None,
         style: Style = "json",
     ) -> None:
-        self.settings = settings or read_settings(environ)
+        self.settings = settings or read_settings(environ, stop)
         self.log = Log(level=self.settings.log_level, style=style)
         # Nothing but log lines may reach the standard streams.
         for module, hook in ((threading, "excepthook"), (sys, "unraisablehook")):
@@ -258,12 +267,12 @@ def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: 
     """Run a list of tasks up to the first that fails."""
     text, file = arguments.tasks, arguments.file
     if text and file:
-        raise UsageError("Only one of tasks or file should be set")
+        arguments.refuse("Only one of tasks or file should be set")
     if not text and not file:
-        raise UsageError("One of tasks or file should be set")
+        arguments.refuse("One of tasks or file should be set")
     is_remote = bool(file) and file.startswith(("s3://", "https://"))
     # What can be refused at once is refused before anything is written or contacted.
-    tasks = None if is_remote else _parse(_read_local(text, file))
+    tasks = None if is_remote else _parse(_read_local(text, file, stop))
     job = Job(environ=environ, stop=stop, title="Invoking the model")
     job.complete()
     if tasks is None:
@@ -281,17 +290,25 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
     job = Job(environ=environ, stop=stop, title="Starting the model server")
     service = Service(runner=job.runner, log=job.log)
-    server = build_server(address=(SERVE_HOST, arguments.port), application=service, log=job.log)
+    try:
+        server = build_server(
+            address=(SERVE_HOST, arguments.port), application=service, log=job.log
+        )
+    except OSError as error:
+        job.log.error(f"Cannot listen on port {arguments.port}: {error}")
+        raise PlatformFailure(f"port {arguments.port}: {error}") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with job.ready() as is_ready:
             if is_ready:
                 service.open()
-                if not wait_readable(stop, service, seconds=QUIET_SECONDS):
+                while not wait_readable(stop, service, seconds=QUIET_SECONDS):
                     job.complete()
-                    wait_readable(stop, service)
+                    service.notice_death()
                 service.close(timeout_seconds=LEAVE_SECONDS)
-    except TaskStopped:
+    except (TaskStopped, S3ClientError):
+        if not stop.requested:
+            raise
         job.log.info("Stopped while setting up")
     finally:
         server.drain(ANSWER_SECONDS)
@@ -307,7 +324,7 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
 
     with _scratch() as scratch:
         plan = plan_rehearsal(
-            read_settings(environ),
+            Settings.from_environ(environ),
             input_directory=arguments.input,
             output_directory=arguments.output,
             timeout=arguments.timeout,
@@ -319,7 +336,7 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
             stop=stop,
             title=f"Running a task from {arguments.input} to {arguments.output}",
             settings=plan.settings,
-            store=DirectoryStore(plan.metadata_directory, buckets=plan.buckets),
+            store=DirectoryStore.from_buckets(plan.buckets),
             style=arguments.log_format or ("text" if sys.stdout.isatty() else "json"),
         )
         with job.ready() as is_ready:
@@ -331,7 +348,7 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
         f"Return code {result.return_code}{took}, {len(result.outputs)} outputs in "
         f"{arguments.output}, result in {arguments.output}/{result_key('/')[1:]}"
     )
-    return min(result.return_code, 1) if result.return_code >= 0 else 1
+    return int(result.return_code != 0)
 
 
 @contextmanager
@@ -359,7 +376,9 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
     def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
         is_remote = file.startswith(("s3://", "https://"))
-        return _parse(_read_remote(file, store, stop) if is_remote else _read_local(None, file))
+        return _parse(
+            _read_remote(file, store, stop) if is_remote else _read_local(None, file, stop)
+        )
 
     log = Log(style=arguments.log_format or ("text" if sys.stdout.isatty() else "json"))
     code = 0
@@ -375,18 +394,31 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
     return code
 
 
-def _read_local(text: str | None, file: str) -> dict[str, bytes]:
+def _read_local(text: str | None, file: str, stop: Stop) -> dict[str, bytes]:
     """Return the task list given on the command line, on standard input or in a local file."""
     if text:
         return {"": os.fsencode(text)}
     try:
-        with sys.stdin.buffer if file == "-" else open(file, "rb") as stream:
-            body = stream.read(TASKS_LIMIT_BYTES + 1)
+        with open(0 if file == "-" else file, "rb", buffering=0, closefd=file != "-") as stream:
+            body = b"".join(_read_pieces(stream, stop))
     except OSError as error:
         raise _unreadable(error) from error
-    if len(body) > TASKS_LIMIT_BYTES:
-        raise UsageError(f"The task list has more than {TASKS_LIMIT_BYTES} bytes")
     return {"": body}
+
+
+def _read_pieces(stream: FileIO, stop: Stop) -> Iterator[bytes]:
+    """Yield what a stream holds; a stop ends the wait for more."""
+    size = 0
+    while True:
+        wait_readable(stop, stream)
+        stop.check()
+        piece = stream.read(PIECE_BYTES)
+        if not piece:
+            return
+        size += len(piece)
+        if size > TASKS_LIMIT_BYTES:
+            raise UsageError(f"The task list has more than {TASKS_LIMIT_BYTES} bytes")
+        yield piece
 
 
 def _read_remote(file: str, store: Store, stop: Stop) -> dict[str, bytes]:
@@ -421,24 +453,24 @@ def _parse(bodies: Mapping[str, bytes]) -> tuple[InferenceTask, ...]:
     return tasks
 
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
+def read_settings(environ: Mapping[str, str], stop: Stop) -> Settings:
     """Read the environment; what is wrong with it is also left as the result of the set-up."""
     try:
         return Settings.from_environ(environ)
     except InvalidSettings:
         with suppress(InvalidSettings, S3ClientError):
-            _leave_refusal(environ)
+            _leave_refusal(environ, stop)
         raise
 
 
-def _leave_refusal(environ: Mapping[str, str]) -> None:
+def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
     """Leave a result with the variables that this takes, if they are valid by themselves."""
     needed = {name: environ[name] for name in RESULT_VARIABLES if name in environ}
     settings = Settings.from_environ(needed)
     if settings.runtime_output_bucket_name is not None:
         log = Log(level=settings.log_level)
         result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
-        store = connect_store(settings, environ, log, Stop())
+        store = connect_store(settings, environ, log, stop)
         leave_setup_result(settings, store, result, log)
 
 

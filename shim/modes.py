@@ -79,6 +79,9 @@ class Mode(Protocol):
     def run(self, task: InferenceTask) -> Outcome:
         """Do one task; nothing that it started is alive when this returns."""
 
+    def is_alive(self) -> bool:
+        """Tell whether what setup() started can still do a task; must not block."""
+
     def teardown(self) -> None:
         """End what setup() started; never raises."""
 
@@ -167,6 +170,10 @@ class ExecMode(_BaseMode):
             stopped=ending.stopped,
         )
 
+    def is_alive(self) -> bool:
+        """Each task has a process of its own."""
+        return True
+
     def teardown(self) -> None:
         """Nothing outlives a task."""
 
@@ -221,6 +228,10 @@ class InvokeMode(_BaseMode):
             is_healthy=is_healthy,
             stopped=self._stop.requested and return_code != 0,
         )
+
+    def is_alive(self) -> bool:
+        """Tell whether the server is there."""
+        return self._process is not None and self._process.poll() is None
 
     def teardown(self) -> None:
         """End the server, whatever holds its pipes."""

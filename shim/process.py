@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from shim.stopping import Stop
 
+_LONGEST_WAIT_SECONDS = 3600.0
 _SLICE_SECONDS = 0.05  # where we must look again: no pidfd before Linux 5.3, second signals
 _MAX_HELPER_BYTES = 1 << 20
 _NO_TIME = timedelta(0)
@@ -167,7 +168,8 @@ class Process:
                     return False
                 waits = [] if deadline is None else [deadline - now]
                 waits += [_SLICE_SECONDS] if must_look_again else []
-                poller.poll(min(waits) * 1000 + 1 if waits else None)
+                # poll(2) takes no more milliseconds than an int holds: 24.8 days.
+                poller.poll(min([*waits, _LONGEST_WAIT_SECONDS]) * 1000 + 1 if waits else None)
         return True
 
     def _terminate(self, grace: timedelta, stop: Stop | None) -> None:

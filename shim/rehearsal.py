@@ -34,7 +34,6 @@ class Rehearsal:
     task: InferenceTask
     settings: Settings
     buckets: Mapping[str, Path]
-    metadata_directory: Path
     variables: Mapping[str, str]
 
 
@@ -55,6 +54,7 @@ def plan_rehearsal(
     Raises UsageError for a directory that does not exist, or that the run would empty.
     """
     source, destination = _directories(input_directory, output_directory)
+    _keep_apart(settings, source, destination)
     if cmd:
         settings = replace(settings, entrypoint=None, cmd=cmd)
     settings = replace(settings, runtime_output_bucket_name=None, runtime_output_prefix=None)
@@ -78,20 +78,41 @@ def plan_rehearsal(
         task=task,
         settings=settings,
         buckets={INPUT_BUCKET: source.parent, OUTPUT_BUCKET: destination.parent},
-        metadata_directory=destination / ".sagemaker_shim",
         variables=variables,
     )
 
 
 def _directories(source: Path, destination: Path) -> tuple[Path, Path]:
-    if not source.is_dir():
-        raise UsageError(f"--input {source}: expected a directory that holds the task's inputs")
-    if destination.exists() and not destination.is_dir():
-        raise UsageError(f"--output {destination}: expected a directory, or a name for a new one")
-    source, destination = source.resolve(), destination.resolve()
+    try:
+        if not source.is_dir():
+            raise UsageError(f"--input {source}: expected a directory that holds the task's inputs")
+        if destination.exists() and not destination.is_dir():
+            raise UsageError(
+                f"--output {destination}: expected a directory, or a name for a new one"
+            )
+        source, destination = source.resolve(), destination.resolve()
+    except OSError as error:
+        raise UsageError(f"--input or --output: {error}") from error
     if source == destination or not source.name or not destination.name:
         raise UsageError("--input and --output must be two directories, neither of them /")
     return source, destination
+
+
+def _keep_apart(settings: Settings, *directories: Path) -> None:
+    """Refuse directories that the run itself makes, fills and empties."""
+    own = (
+        settings.input_path,
+        settings.output_path,
+        settings.linked_input_parent,
+        *settings.post_clean_directories,
+    )
+    for directory in directories:
+        for path in own:
+            if path == directory or path in directory.parents or directory in path.parents:
+                raise UsageError(
+                    f"{directory}: expected a directory that has nothing to do with {path}, "
+                    "which a run makes and empties"
+                )
 
 
 def _parse_timeout(text: str | None) -> timedelta | None:

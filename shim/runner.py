@@ -69,7 +69,12 @@ class Runner:
         self._workspace = workspace
         self._log = log
         self._stop = stop
-        self.is_healthy = True
+        self._is_healthy = True
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether another task may follow; does not block."""
+        return self._is_healthy and self._mode.is_alive()
 
     def run_tasks(self, tasks: Iterable[InferenceTask]) -> bool:
         """Run tasks in order up to the first that fails; return whether all succeeded.
@@ -110,7 +115,7 @@ class Runner:
             outcome = replace(outcome, return_code=1, user_safe_error_message=self._explain(error))
             self._log.error(outcome.user_safe_error_message, internal=False, task=task.pk)
         is_clean = self._workspace.clean()
-        self.is_healthy = self.is_healthy and is_clean and outcome.is_healthy
+        self._is_healthy = self._is_healthy and is_clean and outcome.is_healthy
         result = _build_result(task, outcome, outputs)
         self._leave(task, result)
         self._log.info(f"Task {task.pk} complete, return code {result.return_code}")
@@ -136,7 +141,7 @@ class Runner:
         try:
             self._workspace.reset(task.pk)
         except UserSafeError:
-            self.is_healthy = False
+            self._is_healthy = False
             raise
         self._guard(DOWNLOAD_MESSAGE, lambda: self._download_inputs(task))
 

@@ -53,6 +53,14 @@ class Service:
             self._log.error(UNHEALTHY_MESSAGE)
             os.eventfd_write(self._leave, 1)
 
+    def notice_death(self) -> None:
+        """Ask to leave when the image's server has ended although no task is in hand."""
+        if self._running.acquire(blocking=False):
+            try:
+                self.answered()
+            finally:
+                self._running.release()
+
     def fileno(self) -> int:
         """Return a descriptor that is readable when the process should leave."""
         return self._leave

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -114,10 +115,11 @@ _OUTPUT_PREFIX = _texts("a prefix that is not blank", bool)
 _HEX = Form(bytes.fromhex, "pairs of hexadecimal digits")
 _METHOD = Form(_parse_method, "exec or invoke")
 _SECONDS = Form(_parse_seconds, f"a whole number of seconds from 0 to {_MAX_SECONDS}")
+_ENDPOINT = re.compile(r"https?://[^\s/?#@]+(?:/[^\s?#]*)?|file:///.*")
 # No more than the scheme, or nothing: what follows it is for the S3 client to read.
 _URL = _texts(
     "http://host, https://host or file:///directory",
-    lambda text: not text or text.startswith(("http://", "https://", "file:///")),
+    lambda text: not text or _ENDPOINT.fullmatch(text) is not None,
 )
 _LEVEL = Form(_parse_level, f"one of {', '.join(LOG_LEVELS)}")
 

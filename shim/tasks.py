@@ -24,9 +24,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+# `{pk}-input` names a directory, and names have at most 255 bytes.
+_MAX_PK_BYTES = 249
 SIGNATURE_METADATA = "signature_hmac_sha256"
 
-_UNSAFE_PK = "The pk names a directory: it cannot be blank, . or .., nor hold / or NUL"
+_UNSAFE_PK = (
+    "The pk names a directory: it cannot be blank, . or .., nor hold / or NUL, "
+    "nor have more than 249 bytes"
+)
 _UNSAFE_PATH = "The path must be relative and name something inside the input directory, without .."
 
 
@@ -185,7 +190,7 @@ def _task(value: object) -> InferenceTask:
 
 def _pk(value: object) -> str:
     pk = text(value)
-    if pk in ("", ".", "..") or "/" in pk or "\0" in pk:
+    if pk in ("", ".", "..") or "/" in pk or "\0" in pk or len(pk.encode()) > _MAX_PK_BYTES:
         raise refusal(value, _UNSAFE_PK)
     return pk
 

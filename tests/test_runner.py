@@ -41,10 +41,14 @@ class FakeMode:
 
     act: Callable[[], Outcome | None] = lambda: None
     ran: list[str] = field(default_factory=list)
+    alive: bool = True
 
     def setup(self) -> None: ...
 
     def teardown(self) -> None: ...
+
+    def is_alive(self) -> bool:
+        return self.alive
 
     def run(self, task: InferenceTask) -> Outcome:
         self.ran.append(task.pk)
@@ -252,6 +256,12 @@ def test_health_follows_the_outcome(bench: Bench, outcome: Outcome, healthy: boo
     bench.mode.act = lambda: outcome
     bench.runner.run_task(bench.task())
     assert healthy == bench.runner.is_healthy
+
+
+def test_a_mode_that_died_is_unhealthy(bench: Bench) -> None:
+    assert bench.runner.is_healthy
+    bench.mode.alive = False
+    assert not bench.runner.is_healthy
 
 
 def test_a_reset_that_fails_is_unhealthy_and_leaves_a_result(bench: Bench) -> None:

@@ -135,7 +135,7 @@ def test_what_is_no_bucket_is_none(store: DirectoryStore, bucket: str) -> None:
 
 def test_a_failed_download_leaves_nothing(store: DirectoryStore, tmp_path: Path) -> None:
     store.put("bucket", "key", b"x")
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(S3ClientError, match="directory"):
         store.download("bucket", "key", tmp_path / "root")
     assert ["root"] == os.listdir(tmp_path)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from shim.s3.errors import S3ClientError, ServiceError
@@ -71,7 +72,13 @@ class DirectoryStore:
         before, slash, _ = prefix.rpartition("/")
         directory = self._path(bucket, before, "ListObjectsV2")
         keys = []
-        for parent, _, names in os.walk(directory):
+        seen = set()
+        for parent, directories, names in os.walk(directory, onerror=_refuse, followlinks=True):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+                directories.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
             for name in names:
                 path = os.path.join(parent, name)
                 key = before + slash + os.path.relpath(path, directory)
@@ -148,15 +155,24 @@ def _error(
     )
 
 
+def _refuse(error: OSError) -> None:
+    """Leave nothing out of a listing but what is not there."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise S3ClientError(f"The directory cannot be listed: {error}") from error
+
+
 def _replace(path: Path, blocks: Iterator[bytes]) -> None:
     """Write a file under another name, then give it its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.urandom(12).hex()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             for block in blocks:
                 file.write(block)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise S3ClientError(f"The file cannot be written: {error}") from error
         raise

@@ -150,3 +150,19 @@ def rebased(arguments: list[str], root: Path) -> list[str]:
         str(ROOT / argument) if argument.startswith("tests/") else argument
         for argument in arguments
     ]
+
+
+@pytest.mark.parametrize("name", ["output", "output/sub", "opt", "opt/data"])
+def test_a_directory_that_the_run_empties_is_refused(laptop: Platform, name: str) -> None:
+    job = rehearse(laptop, "echo 1 >$O/dear", "--output", str(laptop.root / name))
+    assert 2 == job.code
+    assert "makes and empties" in job.stderr
+
+
+def test_a_linked_directory_of_inputs_is_not_left_out(laptop: Platform) -> None:
+    (laptop.root / "elsewhere").mkdir()
+    (laptop.root / "elsewhere/b").touch()
+    (laptop.root / "in/link").symlink_to(laptop.root / "elsewhere")
+    (laptop.root / "in/loop").symlink_to(laptop.root / "in")
+    job = rehearse(laptop, "cd $I && find . -type f | sort")
+    assert ["./link/b", "./sub/a.txt"] == job.texts(internal=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -141,6 +143,37 @@ def test_a_signal_ends_a_download_that_hangs(supervised: Platform) -> None:
             began = time.monotonic()
             assert 128 + signal.SIGTERM == finish(process, seconds=25).code
             assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGQUIT])
+def test_what_ends_a_terminal_stops_the_task_too(
+    platform: Platform, signum: signal.Signals
+) -> None:
+    if "shim" not in platform.command_line[-1]:
+        pytest.skip("the packaging passes on TERM and INT only")
+    platform.script("touch $O/begun; sleep 60")
+    process = platform.start("invoke", "-t", json.dumps([platform.task()]))
+    poll((platform.root / "output/begun").exists)
+    process.send_signal(signum)
+    assert 128 + signum == finish(process, seconds=20).code
+    assert STOPPED == platform.result()["user_safe_error_message"]
+
+
+def test_a_signal_ends_the_wait_for_standard_input(supervised: Platform) -> None:
+    process = supervised.start("invoke", "-f", "-", stdin=subprocess.PIPE)
+    assert process.stdout and process.stdin
+    process.stdin.write("[")
+    process.stdin.flush()
+    pipe = process.stdin.fileno()
+    poll(lambda: fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4))  # it has been read
+    os.kill(shim_pid(process), signal.SIGTERM)
+    assert 128 + signal.SIGTERM == finish(process, seconds=20).code
+
+
+def test_time_limits_of_a_month_are_time_limits(platform: Platform) -> None:
+    platform.script("true")
+    platform.invoke(platform.task(timeout="P1M"))
+    assert 0 == platform.result()["return_code"]
 
 
 def shim_pid(process: subprocess.Popen[str]) -> int:
