@@ -38,7 +38,13 @@ interpreters() {
     count=$((count + 1))
     [ "$1" = all ] || return 0
   done
-  [ "$count" -gt 0 ] || die "needs Python ${SUPPORTED// / or } with venv; on Debian and Ubuntu: apt-get install python3-venv"
+  [ "$count" -gt 0 ] && return
+  if [ -z "${VENV_ENSURED:-}" ] && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    ensure_debian python3 python3-venv
+    VENV_ENSURED=1 interpreters "$1"
+    return
+  fi
+  die "needs Python ${SUPPORTED// / or } with venv; on Debian and Ubuntu: apt-get install python3-venv"
 }
 
 # Install the Debian packages named, where that can be done; tests skip with a reason otherwise.

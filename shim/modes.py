@@ -6,6 +6,8 @@ invoke  the command is a server, started once:  GET /health until 200, then POST
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +38,9 @@ MEMORY_MESSAGE = (
 )
 # What a shell reports for SIGKILL: platforms read it as "exceeded its memory limit".
 OUT_OF_MEMORY_RETURN_CODE = 137
+# As the process itself ends by SIGBUS, and as a shell reports it of what it ran.
+BUS_ERROR_RETURN_CODES = (-signal.SIGBUS, 128 + signal.SIGBUS)
+SHARED_MEMORY = "/dev/shm"
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"
 CONNECT_MESSAGE = "Could not connect to invoke endpoint"
@@ -159,6 +164,8 @@ class ExecMode(_BaseMode):
         finally:
             self._end(process, relay)
         return_code, message = _read_ending(ending)
+        if return_code in BUS_ERROR_RETURN_CODES:
+            self._log.error(_explain_bus_error(), internal=False, task=task.pk)
         if message:
             self._log.error(message, internal=False, task=task.pk)
         return Outcome(
@@ -319,6 +326,20 @@ def _refuse_time_limit(log: Log, task: InferenceTask) -> Outcome:
     """Start nothing for a task that has no time."""
     log.error(TIME_LIMIT_MESSAGE, internal=False, task=task.pk)
     return Outcome(return_code=1, user_safe_error_message=TIME_LIMIT_MESSAGE)
+
+
+def _explain_bus_error() -> str:
+    """Name what most often causes it: data loaders that share more memory than there is."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        size = "is missing"
+    else:
+        size = f"holds at most {status.f_blocks * status.f_frsize >> 20} MiB"
+    return (
+        f"The algorithm was ended by SIGBUS: often shared memory is full; {SHARED_MEMORY} {size}. "
+        "Use fewer worker processes, or keep what they share in files"
+    )
 
 
 def _read_ending(ending: Ending) -> tuple[int, str]:

@@ -162,7 +162,7 @@ def test_reads_texts_as_pydantic_does(seed: int) -> None:
         assert (text, by_pydantic(text)) == (text, by_us(text))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(st.integers(-(10**15), 10**15) | st.floats() | st.floats(-100, 100))
 def test_reads_numbers_as_pydantic_does(number: float) -> None:
     assert by_pydantic(number) == by_us(number)
@@ -188,13 +188,13 @@ def test_writes_the_forms_of_the_contract(duration: timedelta, expected: str) ->
     assert expected == format_duration(duration)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(DURATIONS)
 def test_writes_durations_as_pydantic_does(duration: timedelta) -> None:
     assert json.loads(PYDANTIC.dump_json(duration)) == format_duration(duration)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(DURATIONS)
 def test_reads_back_what_it_writes(duration: timedelta) -> None:
     assert duration == parse_duration(format_duration(duration))

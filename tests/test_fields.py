@@ -49,7 +49,7 @@ def test_reads_booleans_as_pydantic_does(value: object) -> None:
     assert expected == bool_by_us(value)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
     st.integers(-(2**63), 2**63 - 1)
     | st.floats(-1e15, 1e15)

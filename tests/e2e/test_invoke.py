@@ -247,6 +247,22 @@ def test_a_signal_that_ended_the_command_is_negative(platform: Platform) -> None
     assert -signal.SIGSEGV == platform.result()["return_code"]
 
 
+@needs_root
+def test_a_full_shared_memory_is_named(platform: Platform) -> None:
+    write = "with open('/dev/shm/x','wb') as f: f.truncate(1 << 26)\nimport mmap\n"
+    write += "with open('/dev/shm/x','r+b') as f:\n m = mmap.mmap(f.fileno(), 0)\n"
+    write += " for i in range(0, 1 << 26, 4096): m[i] = 1\n"
+    (platform.root / "fill.py").write_text(write)
+    platform.script(f"exec /usr/bin/env python3 {platform.root}/fill.py")
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    platform.wrapper = ["unshare", "--mount", "sh", "-c", mount, "sh"]
+    job = platform.invoke(platform.task())
+    if "unshare" in job.stderr:
+        pytest.skip("needs the right to make mount namespaces")
+    assert -signal.SIGBUS == platform.result()["return_code"]
+    assert "/dev/shm holds at most 1 MiB" in "".join(job.texts(level="ERROR", internal=False))
+
+
 NOT_FOUND = "The command defined by the containers ENTRYPOINT and CMD instructions does not exist"
 NOT_PERMITTED = (
     "The user defined in the containers USER instruction does not have permission to execute "
