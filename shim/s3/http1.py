@@ -16,6 +16,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 
+from shim.s3 import turn
 from shim.s3.errors import Cancelled, StaleConnection, TransportError
 
 TYPE_CHECKING = False
@@ -214,13 +215,18 @@ class Connection:
 
     def _recv_into(self, view: memoryview, *, flags: int = 0) -> int:
         silent_seconds = 0.0
+        had_turn = turn.give()
         while True:
             try:
-                return self._sock.recv_into(view, 0, flags)
+                received = self._sock.recv_into(view, 0, flags)
+                break
             except (BlockingIOError, TimeoutError):
                 silent_seconds = self._tick(silent_seconds)
             except OSError:
                 return 0
+        if had_turn:
+            turn.take()
+        return received
 
     def _gather(self, view: memoryview) -> int:
         """Receive at least a byte, and much at once where the view is large; 0 at the end."""
