@@ -165,9 +165,11 @@ def test_a_server_that_died_between_tasks_fails_the_next(platform: Platform) -> 
     platform.invoke(platform.task("1"), platform.task("2"))
     assert 0 == platform.result("1")["return_code"]
     result = platform.result("2")
-    assert (1, "Could not connect to invoke endpoint") == (
-        result["return_code"],
-        result["user_safe_error_message"],
+    assert 1 == result["return_code"]
+    # The second, when the task meets the server in the moment of its death.
+    assert result["user_safe_error_message"] in (
+        "Could not connect to invoke endpoint",
+        "HTTP error calling invoke endpoint",
     )
 
 
