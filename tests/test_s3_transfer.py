@@ -112,7 +112,7 @@ def test_others_take_parts_of_a_large_object_from_its_end(
     ).start()
     assert body == harness.download(tmp_path / "file")
     ranges = [seen.headers["range"] for seen in double.seen[1:]]
-    assert f"bytes={29 * PART}-{30 * PART - 1}" == ranges[0]
+    assert f"bytes={29 * PART}-{30 * PART - 1}" in ranges[:4]
     assert {etag} == {seen.headers["if-match"] for seen in double.seen[1:]}
     assert 4 >= double.most_active
 
