@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shim.s3 import affinity, download, upload
-from shim.s3.buffers import borrow_buffer
+from shim.s3 import download, upload
 from shim.s3.checksums import combine_crc32
 from shim.s3.crew import Crew
 from shim.s3.errors import (
@@ -673,35 +672,3 @@ def test_the_stack_size_of_other_threads_is_left_alone(
     before = threading.stack_size()
     transfers(harness).download_all(downloads(double, tmp_path, 20))
     assert before == threading.stack_size()
-
-
-def test_threads_with_small_files_share_a_processor_and_the_caller_stays_free(
-    double: S3Double, harness: Harness, source: Path
-) -> None:
-    before, seen = os.sched_getaffinity(0), set[frozenset[int]]()
-
-    def open_source() -> int:
-        seen.add(frozenset(os.sched_getaffinity(0)))
-        return os.open(source, os.O_RDONLY)
-
-    uploads = [Upload(bucket="bucket", key=str(n), open=open_source) for n in range(20)]
-    transfers(harness).upload_all(uploads)
-    ((processor,),) = seen
-    assert processor in before
-    assert before == os.sched_getaffinity(0)
-
-
-def test_a_thread_with_a_large_body_may_run_anywhere() -> None:
-    before, seen = os.sched_getaffinity(0), []
-
-    def work_large() -> None:
-        affinity.keep_to(affinity.current_processor())
-        seen.append(os.sched_getaffinity(0))
-        with borrow_buffer():
-            seen.append(os.sched_getaffinity(0))
-
-    thread = threading.Thread(target=work_large)
-    thread.start()
-    thread.join()
-    kept, spread = seen
-    assert (1, before) == (len(kept), spread)
