@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping
+import select
+import threading
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from functools import cache
 
@@ -52,6 +54,29 @@ def restore_library_path(image: dict[str, str], home: str) -> None:
     if separator:
         # Without the separator, the image has no LD_LIBRARY_PATH and a LD_LIBRARY_PATH_ORIG is its.
         image["LD_LIBRARY_PATH"] = image.pop("LD_LIBRARY_PATH_ORIG", original)
+
+
+def follow_launcher(stop: Callable[[], None]) -> None:
+    """Call stop when the process that the image was started as dies before this one.
+
+    It passes on TERM and INT alone; what else ends it would leave a task to run on by itself.
+    """
+    if not _HOME:
+        return
+    # Between it and this process is the one that unpacked our libraries.
+    with open(f"/proc/{os.getppid()}/stat", "rb") as file:
+        launcher = int(file.read().rpartition(b")")[2].split()[1])  # proc(5): field 4
+    if launcher == 1:
+        return  # nobody outlives that one
+
+    def watch() -> None:
+        poller.poll()
+        stop()
+
+    with suppress(OSError):  # kernels before 5.3 have no descriptors of processes
+        poller = select.poll()
+        poller.register(os.pidfd_open(launcher), select.POLLIN)
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @cache
