@@ -686,8 +686,9 @@ def test_examine_changes_nothing(build: Build, tmp_path: Path) -> None:
     arrange(tmp_path, "output link")
     (tmp_path / "s3/b").mkdir(parents=True)
 
-    def listing() -> list[tuple[str, os.stat_result]]:
-        return [(str(path), path.lstat()) for path in sorted(tmp_path.rglob("*"))]
+    def listing() -> list[tuple[str, int, int]]:
+        found = [(str(path), path.lstat()) for path in sorted(tmp_path.rglob("*"))]
+        return [(path, status.st_ino, status.st_ctime_ns) for path, status in found]
 
     situation = build(cmd=["none"], MODEL="s3://b/model.tar")
     before = listing()
