@@ -72,6 +72,7 @@ def run_pyinstaller(build: Path) -> Path:
         "SHIM_BUILD": str(build),
         "PYINSTALLER_CONFIG_DIR": str(build / "cache"),
         "PYINSTALLER_ZLIB_COMPRESSION_LEVEL": "9",
+        "PYTHONNODEBUGRANGES": "1",  # columns, for pointing into sources that are not there
     }
     subprocess.run(command, cwd=build, env={**os.environ, **variables}, check=True)
     return build / PROGRAM
