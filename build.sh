@@ -90,7 +90,7 @@ ensure_oracles() {
 run_tests() {
   local pythons python environment
   pythons=$(interpreters "${CI:+all}")
-  ensure_debian openssl util-linux e2fsprogs mount procps busybox-static
+  ensure_debian openssl util-linux e2fsprogs mount procps busybox-static gcc libc6-dev musl-tools podman runc
   for python in $pythons; do
     environment=$(ensure_environment "$python" test)
     ensure_oracles "$environment"
@@ -131,8 +131,12 @@ run_freeze() {
   ensure_debian python3-venv binutils patchelf
   python=$(frozen_interpreter)
   ensure_debian "$("$python" -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])')"
+  mkdir -p .venv
+  # Tests that run side by side may ask for it at once.
+  exec 9> .venv/.freeze.lock && flock 9
   environment=$(ensure_environment "$python" freeze freeze)
-  "$environment/bin/python" .ci/freeze.py "$@"
+  "$environment/bin/python" .ci/freeze.py "$@" 9>&-
+  exec 9>&-
 }
 
 run_check() {
