@@ -7,6 +7,7 @@ import json
 import signal
 import tarfile
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,15 @@ def test_a_task_runs_from_bucket_to_bucket(platform: Platform) -> None:
     ]
     assert 0 == platform.setup_result()["return_code"]
     assert ["done"] == job.texts(internal=False, task="t", source="stdout", level="INFO")
+
+
+def test_a_task_may_run_on_every_processor_after_its_inputs_came(platform: Platform) -> None:
+    for n in range(30):
+        platform.put(f"in/{n}", b"small")
+    platform.script("grep Cpus_allowed_list /proc/self/status")
+    job = platform.invoke(platform.task(inputs=[(str(n), f"in/{n}") for n in range(30)]))
+    (allowed,) = job.texts(internal=False)
+    assert allowed in Path("/proc/self/status").read_text().splitlines()
 
 
 def test_internal_lines_come_in_the_order_that_platforms_know(platform: Platform) -> None:
