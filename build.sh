@@ -90,7 +90,7 @@ ensure_oracles() {
 run_tests() {
   local pythons python environment
   pythons=$(interpreters "${CI:+all}")
-  ensure_debian openssl util-linux e2fsprogs mount procps busybox-static
+  ensure_debian openssl util-linux e2fsprogs mount procps busybox-static gcc libc6-dev musl-tools podman runc
   for python in $pythons; do
     environment=$(ensure_environment "$python" test)
     ensure_oracles "$environment"
@@ -100,8 +100,7 @@ run_tests() {
   [ $# -gt 0 ] || test_frozen "$environment"
 }
 
-# Run the end-to-end tests against the binary, and some of them against the zipapp; in CI both must
-# be there.
+# Run the end-to-end tests against the binary and against the zipapp; in CI both must be there.
 test_frozen() {
   local binary zipapp pytest=("$1/bin/python" -m pytest -n "${WORKERS:-4}" --dist loadfile)
   if ! { binary=$(run_freeze binary | tail -n 1) && zipapp=$(run_freeze zipapp | tail -n 1); }; then
@@ -112,7 +111,7 @@ test_frozen() {
   say "testing ${binary##*/}"
   SHIM_COMMAND=$binary "${pytest[@]}" tests/e2e
   say "testing ${zipapp##*/}"
-  SHIM_COMMAND="$PWD/$1/bin/python $zipapp" "${pytest[@]}" tests/e2e/test_run.py tests/e2e/test_invoke.py
+  SHIM_COMMAND="$PWD/$1/bin/python $zipapp" "${pytest[@]}" tests/e2e
 }
 
 # Print the interpreter to freeze: the distribution's, with its shared library and no RUNPATH.
@@ -131,8 +130,12 @@ run_freeze() {
   ensure_debian python3-venv binutils patchelf
   python=$(frozen_interpreter)
   ensure_debian "$("$python" -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])')"
+  mkdir -p .venv
+  # Tests that run side by side may ask for it at once.
+  exec 9> .venv/.freeze.lock && flock 9
   environment=$(ensure_environment "$python" freeze freeze)
-  "$environment/bin/python" .ci/freeze.py "$@"
+  "$environment/bin/python" .ci/freeze.py "$@" 9>&-
+  exec 9>&-
 }
 
 run_check() {

@@ -40,11 +40,13 @@ TOOLS = {"patchelf": "patchelf", "objdump": "binutils", "strip": "binutils", "ld
 
 
 def require_tools() -> None:
-    from PyInstaller.depend.bindepend import get_python_library_path
-
+    """Leave with one sentence unless all is there that a build needs."""
     missing = {package for tool, package in TOOLS.items() if not shutil.which(tool)}
     try:
-        get_python_library_path()
+        if "libc-bin" not in missing:  # PyInstaller asks ldd as it is imported
+            from PyInstaller.depend.bindepend import get_python_library_path
+
+            get_python_library_path()
     except Exception:
         missing.add("libpython{}.{}".format(*sys.version_info))
     if missing:
@@ -72,6 +74,7 @@ def run_pyinstaller(build: Path) -> Path:
         "SHIM_BUILD": str(build),
         "PYINSTALLER_CONFIG_DIR": str(build / "cache"),
         "PYINSTALLER_ZLIB_COMPRESSION_LEVEL": "9",
+        "PYTHONNODEBUGRANGES": "1",  # columns, for pointing into sources that are not there
     }
     subprocess.run(command, cwd=build, env={**os.environ, **variables}, check=True)
     return build / PROGRAM

@@ -24,8 +24,7 @@ from shim.durations import format_duration
 from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
 from shim.frozen import carried_bundle, describe, follow_launcher, settle, take_environment
 from shim.logs import Log
-from shim.modes import ExecMode, InvokeMode
-from shim.process import run_helper
+from shim.modes import ExecMode
 from shim.runner import PlatformFailure, Runner
 from shim.runtime import Runtime, leave_setup_result
 from shim.s3.errors import S3ClientError
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from io import FileIO
     from typing import NoReturn, Protocol
 
+    from shim.invoke_mode import InvokeMode
     from shim.logs import Style
     from shim.s3.store import Store
 
@@ -222,8 +222,7 @@ class Job:
         self.store: Store = store or self._late
         if store is None and self.settings.names_objects:
             self._late.connect()
-        method = InvokeMode if self.settings.api_method == "invoke" else ExecMode
-        mode = method(
+        mode = mode_of(self.settings)(
             settings=self.settings, environ=environ, log=self.log, stop=stop, clock=time.monotonic
         )
         self.runner = Runner(
@@ -262,6 +261,15 @@ class Job:
         finally:
             self._runtime.teardown()
             self.store.close()
+
+
+def mode_of(settings: Settings) -> type[ExecMode | InvokeMode]:
+    """Return the class of the API method that is set."""
+    if settings.api_method != "invoke":
+        return ExecMode
+    from shim.invoke_mode import InvokeMode  # noqa: F811
+
+    return InvokeMode
 
 
 def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
@@ -477,6 +485,7 @@ def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
 
 def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop: Stop) -> Store:
     """Return the object storage that the environment names."""
+    from shim.process import run_helper
     from shim.s3.client import connect
 
     return connect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ logs frozen users executables descendants launch relay process workspace archive
 s3.affinity s3.crew s3.buffers s3.store s3.http1 s3.transport s3.credential_sources s3.credentials
 s3.operations s3.download s3.upload
 s3.directory s3.client s3.transfer
-modes runner runtime preflight rehearsal
+modes invoke_mode runner runtime preflight rehearsal
 server service
 cli __main__
 """.split()
@@ -107,3 +108,26 @@ def test_the_distribution_requires_nothing() -> None:
     assert "install_requires" not in (PACKAGE.parent / "setup.cfg").read_text().replace(
         "under install_requires", ""
     )
+
+
+# What takes most of the time and memory of a start: needed by no first answer to /ping.
+LATE = """
+_hashlib asyncio concurrent ctypes hashlib hmac logging subprocess tarfile tempfile textwrap
+traceback typing unittest urllib.request uuid xml zipfile
+shim.archives shim.invoke_mode shim.launch shim.preflight shim.process shim.relay shim.s3.client
+""".split()
+
+
+def imported_by(statement: str) -> set[str]:
+    code = f"import sys; sys.path[:0] = [{str(PACKAGE.parent)!r}]; {statement}; print(*sys.modules)"
+    # Without site, whose .pth files import what they like.
+    done = subprocess.run([sys.executable, "-ISc", code], capture_output=True, check=True)
+    return set(done.stdout.decode().split())
+
+
+def test_the_first_answer_waits_for_no_module_that_it_does_not_need() -> None:
+    assert set() == imported_by("import shim.cli, shim.server, shim.service") & set(LATE)
+
+
+def test_no_module_loads_openssl_before_its_configuration_is_ours() -> None:
+    assert set() == imported_by("import shim.cli") & {"_hashlib", "_ssl", "hashlib", "ssl"}

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,16 +33,6 @@ P = "GRAND_CHALLENGE_COMPONENT_"
 BUDGET_BYTES = 10_500_000
 BUSYBOX = "/bin/busybox"
 NONE: Mapping[str, str] = {}
-
-
-@pytest.fixture(scope="module")
-def binary() -> Path:
-    """The binary of these sources, built unless it is there."""
-    done = subprocess.run([ROOT / "build.sh", "binary"], capture_output=True, text=True)
-    if done.returncode and not os.environ.get("CI"):
-        pytest.skip(f"the binary cannot be built here: {done.stderr.splitlines()[-1]}")
-    assert 0 == done.returncode, done.stderr
-    return Path(done.stdout.split()[-1])
 
 
 class Root:
@@ -401,3 +392,162 @@ def test_threads_that_are_alive_at_the_end_change_no_exit_code(empty_root: Root)
 
 def root_command() -> dict[str, str]:
     return {P + "CMD_B64J": b64j(["/shim", "--version"]), P + "USE_LINKED_INPUT": "False"}
+
+
+# Prints where it runs, what it may load libraries from, and what one of those says.
+PROGRAM = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+const char *answer(void);
+int main(void) {
+    const char *path = getenv("LD_LIBRARY_PATH");
+    printf("%d %s %s\\n", (int) getuid(), path ? path : "-", answer());
+    return 0;
+}
+"""
+LIBRARY = 'const char *answer(void) { return "found"; }'
+
+
+def compile_program(root: Root, compiler: str) -> dict[str, str]:
+    """Put a program into a root with the libraries that it needs, one of them in /cuda only.
+
+    Returns the variables with which it is the command.
+    """
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}: the Debian packages gcc and musl-tools")
+    cuda = root.path / "cuda"
+    cuda.mkdir()
+    library, program = cuda / "libanswer.so", root.path / "program"
+    for source, options in (
+        (LIBRARY, ["-shared", "-fPIC", "-o", library]),
+        (PROGRAM, ["-o", program, "-L", cuda, "-lanswer"]),
+    ):
+        command = [compiler, "-x", "c", "-", *options]
+        # The library has to follow what needs it.
+        subprocess.run(command[:4] + options, input=source, text=True, check=True)
+    return {
+        P + "CMD_B64J": b64j(["/program"]),
+        P + "USE_LINKED_INPUT": "False",
+        "LD_LIBRARY_PATH": "/cuda",
+    }
+
+
+def copy_into(root: Root, *paths: str) -> None:
+    """Copy files of this machine to the same places in a root, what links point to."""
+    for path in paths:
+        copy = root.path / path.lstrip("/")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+
+
+def libraries_of(program: Path) -> list[str]:
+    """Return the paths of the libraries that a dynamic executable loads."""
+    listing = subprocess.run(["ldd", program], capture_output=True, text=True).stdout
+    return re.findall(r"(/\S+) \(0x", listing)
+
+
+def run_program(root: Root, environ: Mapping[str, str]) -> tuple[int, list[str], str]:
+    (root.path / "in").mkdir()
+    code, stdout, stderr = root.run("run", "--input", "/in", "--output", "/out", environ=environ)
+    lines = [json.loads(line) for line in stdout.splitlines()]
+    return code, [line["log"] for line in lines if not line["internal"]], stderr
+
+
+def test_a_program_of_musl_runs(empty_root: Root) -> None:
+    environ = compile_program(empty_root, "musl-gcc")
+    copy_into(empty_root, f"/lib/ld-musl-{os.uname().machine}.so.1")
+    assert (0, ["0 /cuda found"], "") == run_program(empty_root, environ)
+
+
+def test_a_program_of_the_image_s_own_glibc_runs_as_its_user(empty_root: Root) -> None:
+    """As in a distroless image: libraries and a user, but no shell."""
+    environ = compile_program(empty_root, "gcc")
+    copy_into(empty_root, *libraries_of(empty_root.path / "program"))
+    (empty_root.path / "etc").mkdir()
+    (empty_root.path / "etc/passwd").write_text("nonroot:x:65532:65532::/home/nonroot:/none\n")
+    environ |= {P + "USER": "nonroot"}
+    assert (0, ["65532 /cuda found"], "") == run_program(empty_root, environ)
+
+
+def test_libraries_of_the_image_are_not_loaded(empty_root: Root) -> None:
+    """Where a system has them lie others under the names of ours, as with an old glibc."""
+    environ = compile_program(empty_root, "musl-gcc")
+    machine = os.uname().machine
+    musl = f"/lib/ld-musl-{machine}.so.1"
+    copy_into(empty_root, musl)
+    for directory in ("lib", "lib64", f"lib/{machine}-linux-gnu", f"usr/lib/{machine}-linux-gnu"):
+        for name in ("libc.so.6", "libz.so.1", "libcrypto.so.3", "libssl.so.3", "libgcc_s.so.1"):
+            other = empty_root.path / directory / name
+            other.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(musl, other)
+    assert (0, ["0 /cuda found"], "") == run_program(empty_root, environ)
+
+
+def test_tls_with_the_authorities_of_the_image(empty_root: Root, rclone_tls: S3Server) -> None:
+    environ = {**rclone_tls.environ, P + "CMD_B64J": b64j(["/shim"])}
+    store = empty_root.path / "etc/ssl/certs/ca-certificates.crt"
+    store.parent.mkdir(parents=True)
+    shutil.copy(environ.pop("AWS_CA_BUNDLE"), store)
+    listing = f"s3://{rclone_tls.make_bucket('tls-own-store')}/tasks.json"
+    code, _, stderr = empty_root.run("invoke", "-f", listing, environ=environ)
+    assert (2, True) == (code, "404" in stderr), stderr
+
+
+@pytest.mark.parametrize("host", ["localhost", "bucket.test"])
+def test_names_resolve_by_the_files_of_the_image(root: Root, rclone: S3Server, host: str) -> None:
+    """The name of this machine even without one; there is no resolv.conf either."""
+    if host != "localhost":
+        (root.path / "etc/hosts").write_text(f"127.0.0.1 {host}\n")
+    url = rclone.url.replace("127.0.0.1", host)
+    environ = {**rclone.environ, "AWS_S3_ENDPOINT_URL": url, P + "CMD_B64J": b64j(["/shim"])}
+    code, _, stderr = root.run("invoke", "-f", "s3://none-such/tasks.json", environ=environ)
+    assert (2, True) == (code, "404" in stderr), stderr
+
+
+def test_a_helper_has_the_environment_of_the_image(root: Root, rclone: S3Server) -> None:
+    keys = {name: rclone.environ[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+    answer = {"Version": 1, "AccessKeyId": keys["ACCESS_KEY_ID"]}
+    answer |= {"SecretAccessKey": keys["SECRET_ACCESS_KEY"]}
+    (root.path / "helper").write_text(f"env >/seen; echo {shlex.quote(json.dumps(answer))}\n")
+    (root.path / "config").write_text("[default]\ncredential_process = /bin/sh /helper\n")
+    environ = {name: rclone.environ[name] for name in ("AWS_S3_ENDPOINT_URL", "AWS_DEFAULT_REGION")}
+    environ |= {"AWS_CONFIG_FILE": "/config", "LD_LIBRARY_PATH": "/cuda/lib"}
+    bucket = rclone.make_bucket("helped")
+    task = {"pk": "t", "inputs": [], "output_bucket_name": bucket, "output_prefix": "o"}
+    code, stdout, _ = root.run(
+        *("invoke", "-t", json.dumps([{**task, "timeout": "PT1M"}])),
+        environ=environ | root.script("true"),
+    )
+    assert 0 == code, stdout
+    seen = dict(line.split("=", 1) for line in (root.path / "seen").read_text().splitlines())
+    assert "/cuda/lib" == seen["LD_LIBRARY_PATH"]
+    assert [] == [name for name in seen if name.startswith(("_PYI", "_MEI", "STATICX", "OPENSSL"))]
+
+
+def test_building_says_what_is_missing(binary: Path, tmp_path: Path) -> None:
+    python = next((ROOT / ".venv").glob("freeze-*")) / "bin/python"
+    done = subprocess.run(
+        [python.absolute(), ROOT / ".ci/freeze.py", "binary", "--dist", tmp_path],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert 1 == done.returncode
+    assert re.search(r"cannot be frozen here without .*binutils.*patchelf", done.stderr)
+    assert [] == os.listdir(tmp_path)
+
+
+def test_what_was_made_from_other_sources_is_made_again(binary: Path, tmp_path: Path) -> None:
+    def build() -> tuple[int, bytes]:
+        command = [sys.executable, ROOT / ".ci/freeze.py", "zipapp", "--dist", tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        path = Path(done.stdout.split()[-1])
+        return path.stat().st_ino, path.read_bytes()
+
+    first = build()
+    assert first == build()
+    (stamp,) = tmp_path.glob(".*.made-from")
+    stamp.write_text("other sources")
+    inode, data = build()
+    assert inode != first[0] and data == first[1]

@@ -129,6 +129,16 @@ class Proxies:
         return Proxy(host=parts.hostname, port=parts.port or 80, authorization=authorization)
 
 
+def _look_up(host: str, port: int) -> list[Any]:
+    """Return the addresses of a host; this machine has its name also where no file says so."""
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        if host != "localhost":
+            raise
+        return socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+
+
 def _is_near(host: str) -> bool:
     """Tell whether only this machine can reach what the host means to it."""
     import ipaddress
@@ -284,7 +294,7 @@ class Transport:
         key = (target.host, target.port)
         expires, addresses = self._addresses.get(key, (0.0, []))
         if time.monotonic() > expires:
-            addresses = socket.getaddrinfo(*key, type=socket.SOCK_STREAM)
+            addresses = _look_up(*key)
             expires = time.monotonic() + RESOLVED_SECONDS
         preferred = [address for address in addresses if address[0] == addresses[0][0]]
         others = addresses[len(preferred) :]

@@ -26,6 +26,7 @@ P = "GRAND_CHALLENGE_COMPONENT_"
 ROOT = Path(__file__).parents[2]
 # What is tested: `python -m shim` from the checkout, or any other command that this variable names.
 COMMAND = shlex.split(os.environ.get("SHIM_COMMAND", "")) or [sys.executable, "-m", "shim"]
+IS_PYTHON = len(COMMAND) > 1  # and no binary, which has a launcher of its own
 SIGNING_KEY = bytes(range(32))
 
 
@@ -135,8 +136,8 @@ class Platform:
         for path in (self.root, *self.root.rglob("*")):
             os.chown(path, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
         # An interpreter below /root is not for everybody.
-        for python in (sys.executable, "/usr/bin/python3"):
-            self.command_line = COMMAND if COMMAND[-1] != "shim" else [python, "-m", "shim"]
+        for python in (COMMAND[0], "/usr/bin/python3"):
+            self.command_line = [python, *COMMAND[1:]] if IS_PYTHON else COMMAND
             self.identity = {
                 "user": UNPRIVILEGED_UID,
                 "group": UNPRIVILEGED_UID,
