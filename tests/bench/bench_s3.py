@@ -299,8 +299,10 @@ class Bench:
         """Let the clients take turns."""
         for link, url in self.urls.items():
             for case in self.options.cases:
-                for _ in range(self.options.rounds):
-                    for client in self.clients:
+                for turn in range(self.options.rounds):
+                    # Who comes first finds the machine colder.
+                    first = -turn % len(self.clients)
+                    for client in self.clients[first:] + self.clients[:first]:
                         number = self.options.objects if case.startswith("many") else 1
                         if client == "boto3" and case.startswith("many"):
                             number = min(number, 500)
