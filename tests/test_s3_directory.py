@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
-from shim.s3.errors import S3ClientError, ServiceError
+from shim.s3.errors import EndpointUnresolved, S3ClientError, ServiceError
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Download, Transfers, Upload
 
@@ -20,20 +21,36 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "root")
 
 
-@pytest.mark.parametrize(
-    "variable", ["AWS_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]
-)
-def test_a_file_url_selects_the_directory(tmp_path: Path, variable: str) -> None:
-    store = connect(
-        # A profile that is missing does not matter: nothing is asked of AWS.
-        {variable: f"file://{tmp_path}/with%20space", "AWS_PROFILE": "missing"},
+def connect_to(environ: dict[str, str]) -> Any:
+    return connect(
+        environ,
         concurrency=1,
         max_connections=1,
         log=lambda level, message: None,
         run_helper=lambda argv, seconds: b"",
     )
+
+
+@pytest.mark.parametrize(
+    "variable", ["AWS_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]
+)
+def test_a_file_url_selects_the_directory(tmp_path: Path, variable: str) -> None:
+    (tmp_path / "with space").mkdir()
+    # A profile that is missing does not matter: nothing is asked of AWS.
+    store = connect_to({variable: f"file://{tmp_path}/with%20space", "AWS_PROFILE": "missing"})
     store.put("bucket", "a/b", b"body")
     assert b"body" == (tmp_path / "with space" / "bucket" / "a" / "b").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["nothing", "a file"])
+def test_a_directory_that_is_none_is_named_and_not_made(tmp_path: Path, what: str) -> None:
+    url = f"file://{tmp_path}/root"
+    if what == "a file":
+        (tmp_path / "root").touch()
+    before = os.listdir(tmp_path)
+    with pytest.raises(EndpointUnresolved, match=f"^The endpoint {url} is not a directory"):
+        connect_to({"AWS_S3_ENDPOINT_URL": url})
+    assert before == os.listdir(tmp_path)
 
 
 def test_what_is_put_can_be_read_in_every_way(store: DirectoryStore, tmp_path: Path) -> None:

@@ -369,6 +369,18 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("size", [0, 1, PART, 4 * PART, 9 * PART])
+def test_every_body_carries_its_crc32(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(size))
+    harness.upload(path)
+    harness.client.put("bucket", "result", b"result")
+    puts = [seen for seen in double.seen if seen.method == "PUT"]
+    assert puts and all("x-amz-checksum-crc32" in seen.headers for seen in puts)
+
+
 def test_parts_carry_no_checksum_at_the_end_that_the_server_did_not_return(
     double: S3Double, harness: Harness, source: Path
 ) -> None:
@@ -571,6 +583,29 @@ def test_no_more_requests_are_under_way_than_allowed(
     poll(lambda: threads + double.connections >= threading.active_count())
 
 
+def test_a_server_that_throttles_has_all_threads_slow_down_together(
+    double: S3Double, tmp_path: Path
+) -> None:
+    together, active = threading.Barrier(8), list[int]()
+
+    def throttle(exchange: Exchange) -> None:
+        together.wait(10)
+        exchange.refuse(503, "SlowDown")
+
+    def note(exchange: Exchange) -> None:
+        active.append(double.active)
+        exchange.answer()
+
+    double.faults = [throttle] * 8 + [note] * 4
+    harness = build_harness(double.url, concurrency=8)
+    items = downloads(double, tmp_path, 40)
+    Transfers(harness.client, concurrency=8, cancelled=lambda: False).download_all(items)
+    assert 8 == double.most_active
+    assert max(active) <= 4
+    assert sum(harness.sleeps) > 0
+    assert 40 == len(os.listdir(tmp_path))
+
+
 def test_lists_are_read_as_threads_become_free(
     double: S3Double, harness: Harness, tmp_path: Path
 ) -> None:
@@ -664,6 +699,23 @@ def test_a_system_without_threads_is_served_by_the_caller(
         done: list[Download] = []
         crew.run(lambda: bool((item := next(steps, None)) and not done.append(item)))
     assert items == done
+
+
+def test_threads_have_small_stacks() -> None:
+    number, barrier = 16, threading.Barrier(16)
+    sizes = []
+
+    def data_kib() -> int:
+        return int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
+
+    def step() -> bool:
+        barrier.wait(10)
+        sizes.append(data_kib())
+        return False
+
+    before = data_kib()
+    Crew(concurrency=number, cancelled=lambda: False).run(step)
+    assert max(sizes) - before < number * 2048  # and not the default, 8 MiB
 
 
 def test_the_stack_size_of_other_threads_is_left_alone(

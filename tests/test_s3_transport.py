@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import socket
 import ssl
 import subprocess
@@ -261,6 +262,21 @@ def test_connections_are_kept_after_complete_answers_only(double: S3Double) -> N
         client.put("nobucket", "key", b"content")  # servers may lose step after refusing a body
     client.get("bucket", "key", max_bytes=10)
     assert [1, 2] == [seen.connection for seen in double.seen][-2:]
+
+
+def test_connections_are_probed_while_idle_and_send_at_once(double: S3Double) -> None:
+    transport = Transport(proxies=Proxies({}), trust=Trust({}), max_connections=1)
+    sock = transport.open(build_request(f"{double.url}/")).connection._sock
+    options = {
+        name: sock.getsockopt(level, getattr(socket, name))
+        for level, name in (
+            (socket.SOL_SOCKET, "SO_KEEPALIVE"),
+            (socket.IPPROTO_TCP, "TCP_KEEPIDLE"),
+            (socket.IPPROTO_TCP, "TCP_NODELAY"),
+        )
+    }
+    assert {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 30, "TCP_NODELAY": 1} == options
+    assert os.get_inheritable(sock.fileno()) is False
 
 
 def send_more(exchange: Exchange) -> None:

@@ -18,7 +18,7 @@ from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
 from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.errors import IntegrityError, S3ClientError
+from shim.s3.errors import EndpointUnresolved, IntegrityError, S3ClientError
 from shim.s3.http1 import Response, never
 from shim.s3.operations import Operation, Service, read_headers
 from shim.s3.profiles import read_profile
@@ -192,7 +192,10 @@ def connect(
     """
     endpoint_url = next(filter(None, map(environ.get, ENDPOINT_VARIABLES)), "")
     if endpoint_url.startswith("file:"):
-        return DirectoryStore(Path(unquote(urlsplit(endpoint_url).path)))
+        root = Path(unquote(urlsplit(endpoint_url).path))
+        if not root.is_dir():
+            raise EndpointUnresolved(f"The endpoint {endpoint_url} is not a directory that exists")
+        return DirectoryStore(root)
     profile = read_profile(environ)
     configuration = EndpointConfiguration.from_environ(environ, profile.settings)
     trust = Trust(

@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
+from shim.s3 import affinity
 from shim.s3.endpoints import is_true, resolve_sts_url
 from shim.s3.errors import CredentialsFailed, TransportError
 from shim.s3.profiles import Profile
@@ -128,6 +129,7 @@ class Sources:
         return None
 
     def _run_process(self, command: str) -> Credentials:
+        affinity.spread()
         try:
             output = self.run_helper(shlex.split(command), HELPER_TIMEOUT_SECONDS)
         except (OSError, ValueError) as error:

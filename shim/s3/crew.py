@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from shim.s3 import turn
+from shim.s3.affinity import Processors
 
 STACK_BYTES = 512 << 10  # RLIMIT_DATA counts stacks, and the default is 8 MiB
 
@@ -36,6 +36,7 @@ class Crew:
         self._works: list[Work] = []
         self._threads = self._waiting = 0
         self._is_done = self._has_failed = False
+        self._processors = Processors()
         lock = threading.Lock()
         self._came, self._ended = threading.Condition(lock), threading.Condition(lock)
 
@@ -90,7 +91,6 @@ class Crew:
 
     def abandon(self, work: Work) -> None:
         """Begin no further call, and wait for those under way."""
-        turn.give()
         with self._ended:
             self._close(work)
             self._ended.wait_for(lambda: not work.calls)
@@ -130,9 +130,8 @@ class Crew:
                 threading.stack_size(previous)
 
     def _help(self) -> None:
-        turn.join()
         while work := self._next():
-            turn.take()
+            self._processors.keep()
             self._call(work)
 
     def _next(self) -> Work | None:
@@ -144,11 +143,9 @@ class Crew:
                         if work.calls < work.most:
                             self._call_for_help()
                         return work
-                turn.give()
                 self._waiting += 1
                 self._came.wait()
                 self._waiting -= 1
-            turn.give()
             self._threads -= 1
             self._ended.notify_all()
             return None

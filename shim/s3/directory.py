@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from shim.s3.buffers import borrow_buffer
 from shim.s3.errors import S3ClientError, ServiceError
 from shim.s3.store import ObjectHead, ObjectSummary
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from shim.s3.crew import Crew
 
 METADATA = ".metadata"
-BLOCK_BYTES = 1 << 20
 
 
 class DirectoryStore:
@@ -55,7 +55,7 @@ class DirectoryStore:
         persistent: bool = False,
     ) -> None:
         """Store a small object."""
-        _replace(self._path(bucket, key, "PutObject"), iter([body]))
+        _replace(self._path(bucket, key, "PutObject"), [body])
         self._describe(bucket, key, metadata)
 
     def head(self, bucket: str, key: str) -> ObjectHead:
@@ -97,18 +97,15 @@ class DirectoryStore:
 
     def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
         """Make path hold the object's bytes; on failure path is as it was."""
-        with self.open(bucket, key) as source:
-            _replace(path, iter(lambda: source.read(BLOCK_BYTES), b""))
+        with self.open(bucket, key) as source, borrow_buffer() as buffer:
+            _replace(path, _blocks(source.fileno(), os.fstat(source.fileno()).st_size, buffer))
 
     def upload(
         self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
     ) -> None:
         """Store the first size bytes of a file."""
-        blocks = (
-            os.pread(fd, min(BLOCK_BYTES, size - start), start)
-            for start in range(0, size, BLOCK_BYTES)
-        )
-        _replace(self._path(bucket, key, "PutObject"), blocks)
+        with borrow_buffer() as buffer:
+            _replace(self._path(bucket, key, "PutObject"), _blocks(fd, size, buffer))
         self._describe(bucket, key, {})
 
     def close(self) -> None:
@@ -132,7 +129,7 @@ class DirectoryStore:
     def _describe(self, bucket: str, key: str, metadata: Mapping[str, str]) -> None:
         described = self._metadata_path(bucket, key)
         if described and metadata:
-            _replace(described, iter([json.dumps(dict(metadata)).encode()]))
+            _replace(described, [json.dumps(dict(metadata)).encode()])
         elif described:
             described.unlink(missing_ok=True)
 
@@ -161,7 +158,15 @@ def _refuse(error: OSError) -> None:
         raise S3ClientError(f"The directory cannot be listed: {error}") from error
 
 
-def _replace(path: Path, blocks: Iterator[bytes]) -> None:
+def _blocks(fd: int, size: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Yield the first size bytes of a file, or what there is of them."""
+    position = 0
+    while read := os.preadv(fd, [buffer[: size - position]], position):
+        position += read
+        yield buffer[:read]
+
+
+def _replace(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
     """Write a file under another name, then give it its own."""
     temporary = path.with_name(f".{os.urandom(12).hex()}.part")
     try:

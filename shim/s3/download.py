@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 PART_BYTES = 8 << 20
-MOST_HELPERS = 7
+# Where processors are few, more threads than this decrypt no faster and wait for each other.
+MOST_HELPERS = min(7, 2 * len(os.sched_getaffinity(0)) - 1)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 

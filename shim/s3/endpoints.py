@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, urlsplit
 
 from shim.s3.errors import EndpointUnresolved
+from shim.s3.uri import is_bucket_name
 
 GLOBAL_REGION = "aws-global"
 
@@ -42,6 +43,13 @@ _AWS_URL = re.compile(
 )
 
 _INVALID_NAME = "Invalid ARN: The {} may only contain a-z, A-Z, 0-9 and `-`. Found: `{}`"
+
+# Service of an ARN -> first label of its host, and how sentences about it begin.
+_ARN_SERVICES = {
+    "s3": ("s3-accesspoint", "Access Points do"),
+    "s3-object-lambda": ("s3-object-lambda", "S3 Object Lambda does"),
+    "s3-outposts": ("s3-outposts", "S3 Outposts does"),
+}
 
 _UNSUPPORTED = {
     "--x-s3": "Directory buckets (S3 Express One Zone)",
@@ -266,91 +274,39 @@ def _is_virtual_host(c: EndpointConfiguration, endpoint: Endpoint, bucket: str) 
 
 
 def _resolve_arn(c: EndpointConfiguration, endpoint: Endpoint, region: str, arn: str) -> Endpoint:
-    """Resolve an access point; its ARN names the region, and the host is always a virtual one."""
-    _, owner, service, arn_region, account, resource, *_ = arn.split(":", 5) + [""] * 5
+    """Resolve an access point; its ARN names the region, and the host is always a virtual one.
+
+    arn:aws:SERVICE:REGION:ACCOUNT:accesspoint/NAME, or outpost/ID/accesspoint/NAME
+    """
+    _refuse((not is_bucket_name(arn), f"Invalid ARN: not that of an access point: `{arn}`"))
+    _, _, service, arn_region, account, resource = arn.split(":", 5)
     kind, *names = resource.replace(":", "/").split("/")
+    outposts, name = names[: kind == "outpost"], names[-1]
+    label, does = _ARN_SERVICES[service]
     ours, theirs = partition(region)[0], partition(arn_region)[0]
     _refuse(
-        (not (owner and service and resource), f"Invalid ARN: `{arn}` was not a valid ARN"),
-        (not kind, "Invalid ARN: No ARN type specified"),
+        (not arn_region and service != "s3", "Invalid ARN: bucket ARN is missing a region"),
+        (not arn_region, "Multi-Region Access Points are not supported: they need SigV4A"),
         (
-            arn_region not in ("", region) and not c.use_arn_region,
+            arn_region != region and not c.use_arn_region,
             f"Invalid configuration: region from ARN `{arn_region}` does not match client region "
             f"`{region}` and UseArnRegion is `false`",
         ),
         (
-            arn_region and ours != theirs,
+            ours != theirs,
             f"Client was configured for partition `{ours}` but ARN (`{arn}`) has `{theirs}`",
         ),
-        (
-            arn_region and not _is_label(arn_region),
-            f"Invalid region in ARN: `{arn_region}` (invalid DNS name)",
-        ),
-        (not account, "Invalid ARN: Missing account id"),
-        (not _is_label(account), _INVALID_NAME.format("account id", account)),
+        (not _is_label(arn_region), f"Invalid region in ARN: `{arn_region}` (invalid DNS name)"),
+        (service != "s3" and c.use_dualstack, f"{does} not support Dual-stack"),
+        (outposts and c.use_fips, f"{does} not support FIPS"),
+        (c.use_accelerate, f"{does} not support S3 Accelerate"),
+        *((not _is_label(one), _INVALID_NAME.format("outpost Id", one)) for one in outposts),
+        (not _is_label(name), _INVALID_NAME.format("access point name", name)),
     )
-    if service == "s3-outposts" and kind != "accesspoint":
-        name, outpost, label = _outpost_access_point(c, names)
-    else:
-        found = f"{arn} (type: {kind})"
-        known = kind == "accesspoint" or service == "s3-object-lambda"
-        _refuse((not known, f"Invalid ARN: Unrecognized format: {found}"))
-        name, outpost, label = _access_point(c, service, kind, names, arn_region)
-    _refuse((not _is_label(name), _INVALID_NAME.format("access point name", name)))
+    label += "-fips" * c.use_fips + ".dualstack" * c.use_dualstack
     host = endpoint.host if c.endpoint_url else f"{label}.{arn_region}.{partition(arn_region)[1]}"
-    return replace(
-        endpoint, host=f"{name}-{account}.{outpost}{host}", region=arn_region, service=service
-    )
-
-
-def _access_point(
-    c: EndpointConfiguration, service: str, kind: str, names: list[str], arn_region: str
-) -> tuple[str, str, str]:
-    is_lambda = service == "s3-object-lambda"
-    _refuse(
-        (
-            kind != "accesspoint",
-            "Invalid ARN: Object Lambda ARNs only support `accesspoint` arn types, but found: "
-            f"`{kind}`",
-        ),
-        (
-            not "".join(names),
-            "Invalid ARN: Expected a resource of the format `accesspoint:<accesspoint name>` but "
-            "no name was provided",
-        ),
-        (is_lambda and c.use_dualstack, "S3 Object Lambda does not support Dual-stack"),
-        (is_lambda and c.use_accelerate, "S3 Object Lambda does not support S3 Accelerate"),
-        (is_lambda and not arn_region, "Invalid ARN: bucket ARN is missing a region"),
-        (not arn_region, "Multi-Region Access Points are not supported: they need SigV4A"),
-        (
-            len(names) > 1,
-            "Invalid ARN: The ARN may only contain a single resource component after "
-            "`accesspoint`.",
-        ),
-        (
-            service not in ("s3", "s3-object-lambda"),
-            f"Invalid ARN: The ARN was not for the S3 service, found: {service}",
-        ),
-        (c.use_accelerate, "Access Points do not support S3 Accelerate"),
-    )
-    label = "s3-object-lambda" if is_lambda else "s3-accesspoint"
-    return names[0], "", label + "-fips" * c.use_fips + ".dualstack" * c.use_dualstack
-
-
-def _outpost_access_point(c: EndpointConfiguration, names: list[str]) -> tuple[str, str, str]:
-    outpost_id, kind, name, *more = names + [""] * 3
-    _refuse(
-        (c.use_dualstack, "S3 Outposts does not support Dual-stack"),
-        (c.use_fips, "S3 Outposts does not support FIPS"),
-        (c.use_accelerate, "S3 Outposts does not support S3 Accelerate"),
-        (any(more), "Invalid Arn: Outpost Access Point ARN contains sub resources"),
-        (not outpost_id, "Invalid ARN: The Outpost Id was not set"),
-        (not _is_label(outpost_id), _INVALID_NAME.format("outpost Id", outpost_id)),
-        (not kind, "Invalid ARN: Expected a 4-component resource"),
-        (not name, "Invalid ARN: expected an access point name"),
-        (kind != "accesspoint", f"Expected an outpost type `accesspoint`, found {kind}"),
-    )
-    return name, f"{outpost_id}.", "s3-outposts"
+    host = ".".join([f"{name}-{account}", *outposts, host])
+    return replace(endpoint, host=host, region=arn_region, service=service)
 
 
 def _refuse(*rules: tuple[object, str]) -> None:

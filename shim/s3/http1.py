@@ -16,7 +16,6 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 
-from shim.s3 import turn
 from shim.s3.errors import Cancelled, StaleConnection, TransportError
 
 TYPE_CHECKING = False
@@ -38,7 +37,6 @@ TICK_SECONDS = 1
 HEAD_LIMIT_BYTES = 64 << 10
 HEADER_LIMIT = 100
 ONE_PACKET_BYTES = 256 << 10
-TLS_GATHER_BYTES = 256 << 10  # one read of TLS yields 16 KiB at most
 
 
 def never() -> bool:
@@ -215,26 +213,23 @@ class Connection:
 
     def _recv_into(self, view: memoryview, *, flags: int = 0) -> int:
         silent_seconds = 0.0
-        had_turn = turn.give()
         while True:
             try:
-                received = self._sock.recv_into(view, 0, flags)
-                break
+                return self._sock.recv_into(view, 0, flags)
             except (BlockingIOError, TimeoutError):
                 silent_seconds = self._tick(silent_seconds)
             except OSError:
                 return 0
-        if had_turn:
-            turn.take()
-        return received
 
     def _gather(self, view: memoryview) -> int:
         """Receive at least a byte, and much at once where the view is large; 0 at the end."""
+        is_large = len(view) > HEAD_LIMIT_BYTES
         if not self._is_tls:
-            return self._recv_into(view, flags=socket.MSG_WAITALL if len(view) > 65536 else 0)
-        enough, filled = min(len(view), TLS_GATHER_BYTES), 0
-        while filled < enough and (received := self._recv_into(view[filled:])):
-            filled += received
+            return self._recv_into(view, flags=socket.MSG_WAITALL if is_large else 0)
+        filled = self._recv_into(view)
+        # One read of TLS yields 16 KiB at most.
+        while is_large and filled < len(view) and (more := self._recv_into(view[filled:])):
+            filled += more
         return filled
 
     def _read_head(self) -> bytes:

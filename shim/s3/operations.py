@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from shim.s3 import retries, turn
+from shim.s3 import retries
 from shim.s3.endpoints import Endpoint, EndpointConfiguration, resolve
 from shim.s3.errors import (
     Cancelled,
@@ -329,7 +329,6 @@ class Service:
         self._pause(seconds, cancelled)
 
     def _pause(self, seconds: float, cancelled: Callable[[], bool]) -> None:
-        turn.give()
         while seconds > 0:
             if cancelled():
                 raise Cancelled("The transfer was stopped")

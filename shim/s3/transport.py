@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from shim.s3 import turn
 from shim.s3.errors import CertificateError, StaleConnection, TransportError
 from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response
 
@@ -272,7 +271,6 @@ class Transport:
             connection.close()
 
     def _connect(self, request: Request, proxy: Proxy | None) -> Connection:
-        turn.give()
         deadline = time.monotonic() + request.connect_seconds
         where = f"proxy {proxy.host}:{proxy.port}" if proxy else f"URL: {request.full_url}"
         try:

@@ -124,11 +124,15 @@ def test_machine_without_credentials_is_not_asked_for_long(platform: Platform) -
     )
 
 
-def test_directory_store_needs_no_credentials(platform: Platform, tmp_path: Path) -> None:
+def test_a_directory_as_endpoint_must_exist_and_needs_no_credentials(platform: Platform, tmp_path: Path) -> None:
     platform.environ = {
         name: value for name, value in platform.environ.items() if not name.startswith("AWS_")
     }
-    platform.environ["AWS_S3_ENDPOINT_URL"] = f"file://{tmp_path}/store"
+    platform.environ["AWS_S3_ENDPOINT_URL"] = url = f"file://{tmp_path}/store"
+    job = check(platform, "--", "true")
+    (finding,) = findings(job, "error")
+    assert f"storage       could not be checked: The endpoint {url} is not a directory" in finding
+    (tmp_path / "store").mkdir()
     job = check(platform, "--", "true")
     assert (0, []) == (job.code, findings(job, "error"))
     assert "storage       a directory: needs no network and no credentials" in findings(job, "ok")

@@ -7,6 +7,7 @@ import json
 import signal
 import tarfile
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,15 @@ def test_a_task_runs_from_bucket_to_bucket(platform: Platform) -> None:
     ]
     assert 0 == platform.setup_result()["return_code"]
     assert ["done"] == job.texts(internal=False, task="t", source="stdout", level="INFO")
+
+
+def test_a_task_may_run_on_every_processor_after_its_inputs_came(platform: Platform) -> None:
+    for n in range(30):
+        platform.put(f"in/{n}", b"small")
+    platform.script("grep Cpus_allowed_list /proc/self/status")
+    job = platform.invoke(platform.task(inputs=[(str(n), f"in/{n}") for n in range(30)]))
+    (allowed,) = job.texts(internal=False)
+    assert allowed in Path("/proc/self/status").read_text().splitlines()
 
 
 def test_internal_lines_come_in_the_order_that_platforms_know(platform: Platform) -> None:
@@ -509,4 +519,30 @@ def test_everything_the_shim_writes_is_json(platform: Platform) -> None:
     job: Any = platform.invoke(platform.task(inputs=[("a", "in/a")]))
     for line in job.lines:
         assert ["log", "level", "source", "internal", "task"] == list(line)
-    assert platform.environ["AWS_SECRET_ACCESS_KEY"] not in job.stdout + job.stderr
+
+
+@pytest.mark.parametrize("model", ["none", "missing"])
+@pytest.mark.parametrize("command", ["invoke", "check"])
+def test_no_secret_is_written_at_any_level(platform: Platform, command: str, model: str) -> None:
+    if model == "missing":
+        platform.set(MODEL=f"s3://{platform.bucket}/none.tar")
+    platform.put("in/a")
+    platform.put("tasks.json", json.dumps([platform.task(inputs=[("a", "in/a")])]).encode())
+    platform.script("true")
+    platform.environ |= {
+        "LOG_LEVEL": "DEBUG",
+        "AWS_SESSION_TOKEN": "SESSIONSECRET",
+        "http_proxy": "http://user:PROXYSECRET@127.0.0.1:9",
+    }
+    job = platform.run(command, "-f", f"s3://{platform.bucket}/tasks.json")
+    secrets = [
+        platform.environ["AWS_SECRET_ACCESS_KEY"],
+        platform.environ[f"{P}SIGNING_KEY_HEX"],
+        "SESSIONSECRET",
+        "PROXYSECRET",
+        "AWS4-HMAC",
+        "Signature=",
+    ]
+    written = job.stdout + job.stderr
+    assert ("DEBUG" in written) is (command == "invoke" and model == "none")
+    assert [] == [secret for secret in secrets if secret in written]

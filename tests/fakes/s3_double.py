@@ -122,7 +122,7 @@ class S3Double(socketserver.ThreadingTCPServer):
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
         self.page_size = 1000
-        self.most_active = self.active = self.connections = 0
+        self.most_active = self.active = self.connections = self.begun = 0
         self.lock = threading.RLock()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
 
@@ -377,7 +377,8 @@ class Exchange(BaseHTTPRequestHandler):
         self._objects()
         algorithm = self.fields.get("x-amz-checksum-algorithm", "")
         with self.server.lock:
-            upload_id = f"upload/+={len(self.server.uploads)}"
+            self.server.begun += 1
+            upload_id = f"upload/+={self.server.begun}"
             self.server.uploads[upload_id] = MultipartUpload(
                 bucket=self.bucket, key=self.key, has_checksums=algorithm == "CRC32"
             )
