@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -25,11 +26,11 @@ Podman = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
+def podman() -> Iterator[Podman]:
     """A function that runs podman on a storage of its own."""
     if not shutil.which("podman") or not shutil.which("runc"):
         pytest.skip("needs the Debian packages podman and runc")
-    store = tmp_path_factory.mktemp("podman")
+    store = mkdtemp(prefix="podman-")  # podman takes no path of more than 50 characters
     options = f"--storage-driver vfs --root {store}/root --runroot {store}/run --runtime runc"
     options += f" --tmpdir {store}/tmp --cgroup-manager cgroupfs --events-backend none"
 
@@ -42,6 +43,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     yield run
     run("rm", "--all", "--force", "--time", 0)
     run("rmi", "--all", "--force")
+    shutil.rmtree(store)
 
 
 @pytest.fixture(scope="module")

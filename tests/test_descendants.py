@@ -228,9 +228,10 @@ from tests.processes import begin, close, count_zombies, read_line
 from tests.support import poll
 stop = Stop()
 signal.signal(signal.SIGTERM, lambda signum, frame: stop.request(signum))
-process = begin("sh", "-c", "(setsid true &); setsid sh -c 'trap : TERM; while :; do sleep 0.1; "
-    "done' & (setsid sleep 600 &); echo ready; trap 'exit 9' TERM; while :; do sleep 0.05; done")
-read_line(process)
+process = begin("sh", "-c", "trap 'exit 9' TERM; (setsid true &); "
+    "setsid sh -c 'trap : TERM; echo ready; while :; do sleep 0.1; done' & "
+    "(setsid sh -c 'echo ready; exec sleep 600' &); while :; do sleep 0.05; done")
+assert ["ready"] * 2 == [read_line(process) for _ in range(2)]
 poll(lambda: count_zombies() == 0)
 os.kill(os.getpid(), signal.SIGTERM)
 ending = process.wait(timeout=None, grace=timedelta(seconds=5), stop=stop)

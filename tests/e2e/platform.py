@@ -157,7 +157,7 @@ class Platform:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,
+            process_group=0,  # not a session: a test beside this one may reap those of others
             **options,
         )
 
