@@ -124,7 +124,9 @@ def test_machine_without_credentials_is_not_asked_for_long(platform: Platform) -
     )
 
 
-def test_a_directory_as_endpoint_must_exist_and_needs_no_credentials(platform: Platform, tmp_path: Path) -> None:
+def test_a_directory_as_endpoint_must_exist_and_needs_no_credentials(
+    platform: Platform, tmp_path: Path
+) -> None:
     platform.environ = {
         name: value for name, value in platform.environ.items() if not name.startswith("AWS_")
     }
