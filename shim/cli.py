@@ -148,6 +148,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    occupy_standard_streams()
     stop = Stop()
     for signum in STOP_SIGNALS:
         if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
@@ -158,27 +159,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Blocked since the very first statement.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     follow_launcher(lambda: stop.request(signal.SIGHUP))
+    arguments = argparse.Namespace()
     try:
         environ = take_environment(os.environ)
-        arguments = build_parser().parse_args(argv)
+        build_parser().parse_args(argv, arguments)
         code: int = arguments.run(arguments, environ, stop)
         return code
     except Exception as error:
         write_failure(str(error) or type(error).__name__)
-        return exit_code(error, stop)
+        return exit_code(error, stop, Log(style=style_of(arguments)))
 
 
-def exit_code(error: Exception, stop: Stop) -> int:
+def occupy_standard_streams() -> None:
+    """Keep the numbers of standard streams that are closed from whatever is opened next."""
+    while (placeholder := os.open("/", os.O_PATH)) <= 2:
+        pass
+    os.close(placeholder)
+
+
+def style_of(arguments: argparse.Namespace) -> Style:
+    """Return the form of the log lines: on the platform nobody reads them from a terminal."""
+    style: Style | None = getattr(arguments, "log_format", "json")
+    return style or ("text" if sys.stdout and sys.stdout.isatty() else "json")
+
+
+def exit_code(error: Exception, stop: Stop, log: Log) -> int:
     """Say what happened on stderr and return the exit code that stands for it."""
     if isinstance(error, UsageError | InvalidSettings):
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        # Not by sys.stderr: a stream that is full or closed changes no exit code.
+        log.write("stderr", f"{PROGRAM}: {error}\n".encode(errors="backslashreplace"))
         return 2
     if isinstance(error, TaskStopped) or (stop.requested and isinstance(error, S3ClientError)):
         return 128 + (stop.signum or 0)
     if isinstance(error, S3ClientError):
-        Log().error(str(error))
+        log.error(str(error))
     elif not isinstance(error, PlatformFailure):  # which has been logged where it happened
-        Log().exception("Stopping due to an unexpected error", error)
+        log.exception("Stopping due to an unexpected error", error)
     return 1
 
 
@@ -331,6 +347,7 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
     from shim.rehearsal import plan_rehearsal
     from shim.s3.directory import DirectoryStore
 
+    held = arguments.output.is_dir() and any(arguments.output.iterdir())
     with _scratch() as scratch:
         plan = plan_rehearsal(
             Settings.from_environ(environ),
@@ -346,8 +363,10 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
             title=f"Running a task from {arguments.input} to {arguments.output}",
             settings=plan.settings,
             store=DirectoryStore.from_buckets(plan.buckets),
-            style=arguments.log_format or ("text" if sys.stdout.isatty() else "json"),
+            style=style_of(arguments),
         )
+        if held:
+            job.log.warning(f"{arguments.output} is not empty: what it holds stays in it")
         with job.ready() as is_ready:
             result = job.runner.run_task(plan.task) if is_ready else None
     if result is None:
@@ -389,7 +408,7 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
             _read_remote(file, store, stop) if is_remote else _read_local(None, file, stop)
         )
 
-    log = Log(style=arguments.log_format or ("text" if sys.stdout.isatty() else "json"))
+    log = Log(style=style_of(arguments))
     code = 0
     for finding in preflight.examine(
         environ,

@@ -30,19 +30,32 @@ def take_environment(environ: MutableMapping[str, str]) -> dict[str, str]:
 
     To be called before anything loads OpenSSL.
     """
+    started_with = _read_initial_environment()
     if not _HOME:
-        return dict(environ)
-    # PyInstaller has removed variables from environ; the kernel still has them.
-    with open("/proc/self/environ", encoding="utf-8", errors="surrogateescape") as file:
-        entries = file.read().split("\0")
-    image: dict[str, str] = {}
-    for entry in entries:
-        name, separator, value = entry.partition("=")
-        if separator and not name.startswith(_PACKAGING_PREFIXES):
-            image.setdefault(name, value)  # of several with one name, the first counts
+        image = dict(environ)
+        if "LC_CTYPE" not in started_with:
+            image.pop("LC_CTYPE", None)  # Python's own, under the C locale
+        return image
+    # PyInstaller has removed variables from environ.
+    image = {
+        name: value
+        for name, value in started_with.items()
+        if not name.startswith(_PACKAGING_PREFIXES)
+    }
     restore_library_path(image, _HOME)
     environ["OPENSSL_CONF"] = os.devnull
     return image
+
+
+def _read_initial_environment() -> dict[str, str]:
+    """Return what the kernel knows that this process was started with."""
+    variables: dict[str, str] = {}
+    with open("/proc/self/environ", encoding="utf-8", errors="surrogateescape") as file:
+        for entry in file.read().split("\0"):
+            name, separator, value = entry.partition("=")
+            if separator:
+                variables.setdefault(name, value)  # of several with one name, the first counts
+    return variables
 
 
 def restore_library_path(image: dict[str, str], home: str) -> None:

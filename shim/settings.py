@@ -255,6 +255,9 @@ class Settings:
                 values[name] = None if text is None else variable.form.parse(text)
             except (ValueError, InvalidFields):
                 problems.append(_problem(variable.name, variable.form.accepted, _shape(text or "")))
+        if _is_nested(values.get("input_path"), values.get("output_path")):
+            accepted = "a directory that neither holds that of the inputs nor lies in it"
+            problems.append(_problem(VARIABLES["output_path"].name, accepted, "one that does"))
         if problems:
             raise InvalidSettings(problems)
         return cls(**values, warnings=tuple(_warnings(environ)))
@@ -275,6 +278,14 @@ RESULT_VARIABLES = tuple(
     VARIABLES[name].name
     for name in ("signing_key", "runtime_output_bucket_name", "runtime_output_prefix", "log_level")
 )
+
+
+def _is_nested(first: Path | None, second: Path | None) -> bool:
+    """Tell whether emptying one directory empties the other: they are the same, or one holds it."""
+    if first is None or second is None:
+        return False
+    names = {os.path.normpath(path) for path in (first, second)}
+    return os.path.commonpath(names) in names
 
 
 def _misnamed(environ: Mapping[str, str]) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ import pytest
 
 from shim import cli
 from shim.errors import InvalidSettings, Problem, TaskStopped, UsageError
+from shim.logs import Log
 from shim.runner import PlatformFailure
 from shim.s3.errors import S3ClientError
 from shim.stopping import Stop
@@ -35,7 +36,7 @@ def stopped_by(signum: int) -> Stop:
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_each_error_has_its_exit_code(error: Exception, stop: Stop, code: int) -> None:
-    assert code == cli.exit_code(error, stop)
+    assert code == cli.exit_code(error, stop, Log())
 
 
 @pytest.mark.parametrize(

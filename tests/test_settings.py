@@ -109,6 +109,26 @@ def test_an_empty_endpoint_counts_as_unset() -> None:
     assert "" == Settings.from_environ({"AWS_S3_ENDPOINT_URL": ""}).endpoint_url
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "is_accepted"),
+    [
+        ("/a", "/a/", False),
+        ("/a", "/a/b", False),
+        ("/a/b", "/a", False),
+        ("/a/../b", "/b", False),
+        ("/a", "/ab", True),
+        ("/a/b", "/a/c", True),
+    ],
+)
+def test_inputs_and_outputs_lie_apart(inputs: str, outputs: str, is_accepted: bool) -> None:
+    variables = {PREFIX + "INPUT_PATH": inputs, PREFIX + "OUTPUT_PATH": outputs}
+    if is_accepted:
+        Settings.from_environ(variables)
+        return
+    with pytest.raises(InvalidSettings, match="OUTPUT_PATH: expected a directory that neither"):
+        Settings.from_environ(variables)
+
+
 COMMAND = "base64 of JSON: null, a string or a list of strings"
 SECONDS = "a whole number of seconds from 0 to 31536000"
 

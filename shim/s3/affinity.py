@@ -21,7 +21,9 @@ class Processors:
     """Where the thread that made this may run, and the one of these where it ran."""
 
     def __init__(self) -> None:
-        self._all = os.sched_getaffinity(0)
+        self._all: set[int] = set()
+        with suppress(OSError):
+            self._all = os.sched_getaffinity(0)
         self._one = _current_processor()
 
     def keep(self) -> None:

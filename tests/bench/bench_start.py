@@ -1,9 +1,9 @@
 """Start: from exec to the first 200 on /ping, and the memory at that moment.
 
-    python -m tests.bench.bench_start [--peer PYTHON] [--rounds N]
+    python -m tests.bench.bench_start [--peer PYTHON] [--peer-binary FILE] [--rounds N]
 
 Each form of the shim in turn, N times; the existing tool as well where PYTHON is an interpreter
-that has it. Prints medians, and their ratios to the static binary's.
+that has it, or FILE its static binary. Prints medians, and their ratios to the static binary's.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ def scratch() -> Iterator[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", type=Path, help="an interpreter that has the existing tool")
+    parser.add_argument("--peer-binary", type=Path, help="the existing tool's static binary")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     binary = build("binary")
@@ -127,14 +128,18 @@ def main() -> int:
         "zipapp": [sys.executable, build("zipapp")],
         "python -m shim": [sys.executable, "-m", "shim"],
     }
+    peers = {}
     if arguments.peer:
-        forms["sagemaker-shim"] = [str(arguments.peer.parent / "sagemaker-shim")]
+        peers["sagemaker-shim"] = [str(arguments.peer.parent / "sagemaker-shim")]
+    if arguments.peer_binary:
+        peers["  its binary"] = [str(arguments.peer_binary.absolute())]
+    forms |= peers
     starts: dict[str, list[Start]] = {name: [] for name in forms}
     with tempfile.TemporaryDirectory() as directory, rclone_server(Path(directory)) as server:
         bucket = server.make_bucket("start")
         for _, (name, argv) in itertools.product(range(arguments.rounds), forms.items()):
-            port = 8080 if name == "sagemaker-shim" else free_port()
-            options = [] if name == "sagemaker-shim" else ["--port", str(port)]
+            port = 8080 if name in peers else free_port()
+            options = [] if name in peers else ["--port", str(port)]
             variables = dict(server.environ)
             if name != "  no bucket":
                 variables["GRAND_CHALLENGE_COMPONENT_RUNTIME_OUTPUT_BUCKET_NAME"] = bucket
@@ -151,7 +156,8 @@ def main() -> int:
             f"{name:16}{seconds:8.3f}{least:8.3f}{seconds / base_s:8.2f}"
             f"{rss_mb:8.1f}{rss_mb / base_mb:8.2f}{rounds[-1].processes:11}"
         )
-    print(f"the static binary has {os.path.getsize(binary) / 1e6:.2f} MB")
+    for path in filter(None, (binary, arguments.peer_binary)):
+        print(f"{path} has {os.path.getsize(path) / 1e6:.2f} MB")
     return 0
 
 

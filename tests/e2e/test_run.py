@@ -69,6 +69,31 @@ def test_the_time_limit_holds(laptop: Platform) -> None:
     assert "Time limit exceeded" in job.texts(level="ERROR", internal=False)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_streams_that_take_nothing_change_nothing(laptop: Platform, closed: str) -> None:
+    laptop.wrapper = ("sh", "-c", f'exec "$0" "$@" {closed}')
+    assert 0 == rehearse(laptop, "echo hello; echo oops >&2; cp -r $I/sub $O").code
+    assert "content" == (laptop.root / "out/sub/a.txt").read_text()
+    assert 1 == rehearse(laptop, "exit 5").code
+    assert 2 == rehearse(laptop, "true", "--timeout", "soon").code
+
+
+def test_the_locale_of_the_image_is_left_alone(laptop: Platform) -> None:
+    laptop.environ = {
+        name: value for name, value in laptop.environ.items() if not name.startswith(("LANG", "LC"))
+    }
+    assert [] == rehearse(laptop, "env | grep ^LC_").texts(internal=False)
+    laptop.environ["LC_CTYPE"] = "C.UTF-8"
+    assert ["LC_CTYPE=C.UTF-8"] == rehearse(laptop, "env | grep ^LC_").texts(internal=False)
+
+
+def test_outputs_of_before_are_told_from_those_of_this_run(laptop: Platform) -> None:
+    assert [] == rehearse(laptop, "touch $O/a").texts(level="WARNING")
+    job = rehearse(laptop, "touch $O/b")
+    assert ["out is not empty: what it holds stays in it"] == job.texts(level="WARNING")
+    assert {"a", "b", ".sagemaker_shim"} == {path.name for path in (laptop.root / "out").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
