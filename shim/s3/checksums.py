@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
+from shim.s3.errors import IntegrityError
+
 _POLYNOMIAL = 0xEDB88320
 
 
@@ -77,3 +79,8 @@ class Checksum:
         if self._hash:
             return binascii.b2a_base64(self._hash.digest(), newline=False).decode()
         return encode_crc32(self._crc)
+
+    def verify(self, uri: str, found: str | None = None) -> None:
+        """Raise IntegrityError if what was read, or found elsewhere, was not announced."""
+        if self.expected and (self.value() if found is None else found) != self.expected:
+            raise IntegrityError(f"{uri} does not have the {self.algorithm} that was announced")

@@ -18,7 +18,7 @@ from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
 from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.errors import EndpointUnresolved, IntegrityError, S3ClientError
+from shim.s3.errors import EndpointUnresolved, S3ClientError
 from shim.s3.http1 import Response, never
 from shim.s3.operations import Operation, Service, read_headers
 from shim.s3.profiles import read_profile
@@ -56,8 +56,7 @@ class S3Client:
             body = response.read(max_bytes)
             checksum = Checksum(response.headers)
             checksum.update(body)
-            if checksum.expected and checksum.value() != checksum.expected:
-                raise IntegrityError(f"{uri} does not have the checksum that was announced")
+            checksum.verify(uri)
             return body
 
         headers = {"x-amz-checksum-mode": "ENABLED"}

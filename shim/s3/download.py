@@ -50,7 +50,7 @@ class _Version:
     """The object as the first answer described it; later ones must agree."""
 
     def __init__(self, bucket: str, key: str) -> None:
-        self.bucket, self.key = bucket, key
+        self.bucket, self.key, self.uri = bucket, key, f"s3://{bucket}/{key}"
         self.size: int | None = None
         self.etag = ""
         self.headers: Mapping[str, str] = {}
@@ -83,7 +83,7 @@ class _Version:
             return self.size
         match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
         if not match:
-            raise S3ClientError(f"The server ignores ranges (s3://{self.bucket}/{self.key})")
+            raise S3ClientError(f"The server ignores ranges ({self.uri})")
         first, last, size = map(int, match.groups())
         etags = {_opaque(self.etag), _opaque(response.headers.get("etag", ""))} - {""}
         if size != self.size or len(etags) > 1:
@@ -94,7 +94,7 @@ class _Version:
 
     def changed(self) -> ObjectChanged:
         """Say that another version took its place."""
-        return ObjectChanged(f"s3://{self.bucket}/{self.key} was replaced during the download")
+        return ObjectChanged(f"{self.uri} was replaced during the download")
 
 
 def _opaque(etag: str) -> str:
@@ -192,25 +192,14 @@ class _Whole(_Range):
 
     def _verify(self) -> None:
         checksum = Checksum(self.version.headers)
-        parts = sorted(self._parts, key=lambda part: part.start)
         if checksum.algorithm == "crc32":
-            pieces = [self, *parts] if parts else [self]
-            found = encode_crc32(combine_crc32((p.crc, p.stop - p.start) for p in pieces))
+            parts = sorted(self._parts, key=lambda part: part.start)
+            crc = combine_crc32((part.crc, part.stop - part.start) for part in (self, *parts))
+            checksum.verify(self.version.uri, encode_crc32(crc))
         elif checksum.algorithm:
             with open(self._fd, "rb", closefd=False) as file:
                 digest = hashlib.file_digest(file, checksum.algorithm).digest()
-            found = b2a_base64(digest, newline=False).decode()
-        else:
-            return
-        if found != checksum.expected:
-            raise _damaged(self.version, checksum)
-
-
-def _damaged(version: _Version, checksum: Checksum) -> IntegrityError:
-    return IntegrityError(
-        f"s3://{version.bucket}/{version.key} does not have the {checksum.algorithm} that was "
-        "announced"
-    )
+            checksum.verify(self.version.uri, b2a_base64(digest, newline=False).decode())
 
 
 def download(service: Service, bucket: str, key: str, path: str, crew: Crew) -> None:
@@ -277,9 +266,8 @@ class ObjectReader(io.RawIOBase):
             view[: len(piece)] = piece
         self.position += len(piece)
         self._checksum.update(piece)
-        if self.position == self._version.size and self._checksum.expected:
-            if self._checksum.value() != self._checksum.expected:
-                raise _damaged(self._version, self._checksum)
+        if self.position == self._version.size:
+            self._checksum.verify(self._version.uri)
         return len(piece)
 
     def _receive(self, view: memoryview) -> memoryview:

@@ -64,41 +64,25 @@ POLICIES = {
 }
 
 CODES = {
-    "SlowDown": Kind.THROTTLED,
-    "ServiceUnavailable": Kind.THROTTLED,
-    "Throttling": Kind.THROTTLED,
-    "ThrottlingException": Kind.THROTTLED,
-    "ThrottledException": Kind.THROTTLED,
-    "RequestThrottled": Kind.THROTTLED,
-    "RequestThrottledException": Kind.THROTTLED,
-    "TooManyRequestsException": Kind.THROTTLED,
-    "RequestLimitExceeded": Kind.THROTTLED,
-    "BandwidthLimitExceeded": Kind.THROTTLED,
-    "InternalError": Kind.TRANSIENT,
-    "RequestTimeout": Kind.TRANSIENT,
-    "RequestTimeoutException": Kind.TRANSIENT,
-    "PriorRequestNotComplete": Kind.TRANSIENT,
-    "BadDigest": Kind.DAMAGED,
-    "InvalidDigest": Kind.DAMAGED,
-    "XAmzContentSHA256Mismatch": Kind.DAMAGED,
-    "RequestTimeTooSkewed": Kind.CLOCK,
-    "ExpiredToken": Kind.CREDENTIALS,
-    "InvalidToken": Kind.CREDENTIALS,
-    "TokenRefreshRequired": Kind.CREDENTIALS,
-    "PermanentRedirect": Kind.REGION,
-    "IllegalLocationConstraintException": Kind.REGION,
+    code: kind
+    for kind, codes in {
+        Kind.THROTTLED: "SlowDown ServiceUnavailable Throttling ThrottlingException "
+        "ThrottledException RequestThrottled RequestThrottledException TooManyRequestsException "
+        "RequestLimitExceeded BandwidthLimitExceeded",
+        Kind.TRANSIENT: "InternalError RequestTimeout RequestTimeoutException "
+        "PriorRequestNotComplete",
+        Kind.DAMAGED: "BadDigest InvalidDigest XAmzContentSHA256Mismatch",
+        Kind.CLOCK: "RequestTimeTooSkewed",
+        Kind.CREDENTIALS: "ExpiredToken InvalidToken TokenRefreshRequired",
+        Kind.REGION: "PermanentRedirect IllegalLocationConstraintException",
+    }.items()
+    for code in codes.split()
 }
 
 STATUSES = {
-    301: Kind.REGION,
-    302: Kind.REGION,
-    307: Kind.REGION,
-    429: Kind.THROTTLED,
-    500: Kind.TRANSIENT,
-    502: Kind.TRANSIENT,
-    503: Kind.TRANSIENT,
-    504: Kind.TRANSIENT,
-    509: Kind.THROTTLED,
+    **dict.fromkeys((301, 302, 307), Kind.REGION),
+    **dict.fromkeys((500, 502, 503, 504), Kind.TRANSIENT),
+    **dict.fromkeys((429, 509), Kind.THROTTLED),
 }
 
 
