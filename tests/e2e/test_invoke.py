@@ -519,30 +519,3 @@ def test_everything_the_shim_writes_is_json(platform: Platform) -> None:
     job: Any = platform.invoke(platform.task(inputs=[("a", "in/a")]))
     for line in job.lines:
         assert ["log", "level", "source", "internal", "task"] == list(line)
-
-
-@pytest.mark.parametrize("model", ["none", "missing"])
-@pytest.mark.parametrize("command", ["invoke", "check"])
-def test_no_secret_is_written_at_any_level(platform: Platform, command: str, model: str) -> None:
-    if model == "missing":
-        platform.set(MODEL=f"s3://{platform.bucket}/none.tar")
-    platform.put("in/a")
-    platform.put("tasks.json", json.dumps([platform.task(inputs=[("a", "in/a")])]).encode())
-    platform.script("true")
-    platform.environ |= {
-        "LOG_LEVEL": "DEBUG",
-        "AWS_SESSION_TOKEN": "SESSIONSECRET",
-        "http_proxy": "http://user:PROXYSECRET@127.0.0.1:9",
-    }
-    job = platform.run(command, "-f", f"s3://{platform.bucket}/tasks.json")
-    secrets = [
-        platform.environ["AWS_SECRET_ACCESS_KEY"],
-        platform.environ[f"{P}SIGNING_KEY_HEX"],
-        "SESSIONSECRET",
-        "PROXYSECRET",
-        "AWS4-HMAC",
-        "Signature=",
-    ]
-    written = job.stdout + job.stderr
-    assert ("DEBUG" in written) is (command == "invoke" and model == "none")
-    assert [] == [secret for secret in secrets if secret in written]
