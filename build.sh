@@ -70,8 +70,9 @@ ensure_environment() {
   stamp="$extras $(sha256sum setup.cfg | cut -d' ' -f1)"
   if [ "$(cat "$directory/.stamp-$extras" 2>/dev/null)" != "$stamp" ]; then
     say "preparing $directory ($extras)"
-    [ -x "$directory/bin/python" ] || "$python" -m venv "$directory"
-    "$directory/bin/pip" install -q --disable-pip-version-check -e ".[$extras]" >&2
+    { [ -x "$directory/bin/python" ] || "$python" -m venv "$directory"; } \
+      && "$directory/bin/pip" install -q --disable-pip-version-check -e ".[$extras]" >&2 \
+      || die "could not install the extras [$extras] of setup.cfg in $directory"
     printf '%s\n' "$stamp" > "$directory/.stamp-$extras"
   fi
   printf '%s\n' "$directory"
