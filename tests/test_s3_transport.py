@@ -57,7 +57,7 @@ def answered(data: bytes, *, method: str = "GET", then_close: bool = True) -> It
         if then_close:
             theirs.shutdown(socket.SHUT_WR)
         request = build_request(method=method)
-        yield Connection(ours, None, is_tls=False).exchange(request, request.head())
+        yield Connection(ours, None).exchange(request, request.head())
 
 
 BODIES = {
@@ -112,7 +112,7 @@ def test_a_body_read_in_pieces_is_the_same_body() -> None:
         sender = threading.Thread(target=theirs.sendall, args=(head + body,))
         sender.start()
         request = build_request()
-        response = Connection(ours, None, is_tls=False).exchange(request, request.head())
+        response = Connection(ours, None).exchange(request, request.head())
         buffer, found = memoryview(bytearray(100_000)), b""
         while piece := response.receive(70_000, buffer):
             found += piece
@@ -164,7 +164,7 @@ def test_fields_are_found_whatever_their_case() -> None:
 def exchange_with_silence(request: Request) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        Connection(ours, None, is_tls=False).exchange(request, request.head())
+        Connection(ours, None).exchange(request, request.head())
 
 
 def test_a_silent_server_is_given_up() -> None:
@@ -193,7 +193,7 @@ def test_success_before_the_whole_body_was_sent_is_none() -> None:
         theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
         request = build_request(method="PUT", body=Blocks())
         with pytest.raises(TransportError, match="before it had the whole body"):
-            Connection(ours, None, is_tls=False).exchange(request, request.head())
+            Connection(ours, None).exchange(request, request.head())
 
 
 def test_waiting_for_an_answer_can_be_cancelled() -> None:

@@ -22,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from shim.s3.tls import TlsStream
+
     class Body(Protocol):
         """The body of a request that is not held in memory."""
 
@@ -118,9 +120,10 @@ def parse_head(data: bytes) -> tuple[int, str, dict[str, str], bool]:
 class Connection:
     """A socket, with what was received and not yet consumed."""
 
-    def __init__(self, sock: socket.socket, route: object, *, is_tls: bool) -> None:
+    def __init__(self, sock: socket.socket | TlsStream, route: object) -> None:
         """route: what another request must have in common to be sent here."""
-        self._sock, self.route, self._is_tls = sock, route, is_tls
+        self._sock, self.route = sock, route
+        self._tls = None if isinstance(sock, socket.socket) else sock
         self._buffer = bytearray(HEAD_LIMIT_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -132,9 +135,6 @@ class Connection:
         self.read_seconds = READ_SECONDS
 
     def _set_tick(self) -> None:
-        if self._is_tls:
-            self._sock.settimeout(TICK_SECONDS)
-            return
         # A time-out kept by the kernel saves a poll() before every recv(), and allows MSG_WAITALL.
         self._sock.settimeout(None)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
@@ -146,7 +146,10 @@ class Connection:
 
     def is_idle(self) -> bool:
         """Tell whether nothing came since the last exchange, not even the end of the stream."""
-        return self._start == self._end and not self._poll.poll(0)
+        return self._start == self._end and not self._is_readable()
+
+    def _is_readable(self) -> bool:
+        return bool(self._poll.poll(0)) or (self._tls is not None and self._tls.holds_data())
 
     def exchange(self, request: Request, head: bytes) -> Response:
         """Send a request and read the head of its answer."""
@@ -191,9 +194,9 @@ class Connection:
         return True
 
     def _has_answer(self) -> bool:
-        if not self._poll.poll(0):
+        if not self._is_readable():
             return False
-        if not self._is_tls:
+        if self._tls is None:
             return True
         self._sock.settimeout(0)
         try:  # it may be a session ticket only, and no data
@@ -223,14 +226,9 @@ class Connection:
 
     def _gather(self, view: memoryview) -> int:
         """Receive at least a byte, and much at once where the view is large; 0 at the end."""
+        is_plain = self._tls is None
         is_large = len(view) > HEAD_LIMIT_BYTES
-        if not self._is_tls:
-            return self._recv_into(view, flags=socket.MSG_WAITALL if is_large else 0)
-        filled = self._recv_into(view)
-        # One read of TLS yields 16 KiB at most.
-        while is_large and filled < len(view) and (more := self._recv_into(view[filled:])):
-            filled += more
-        return filled
+        return self._recv_into(view, flags=socket.MSG_WAITALL if is_plain and is_large else 0)
 
     def _read_head(self) -> bytes:
         """Read up to the empty line; StaleConnection when a kept connection ends before a byte."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from typing import Any
     from urllib.request import OpenerDirector
 
+    from shim.s3.tls import TlsStream
+
 RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and changes them
 KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
 FETCH_LIMIT_BYTES = 1 << 20
@@ -280,11 +282,11 @@ class Transport:
             raise TransportError(f"Could not connect to the endpoint {where} ({reason})") from error
         try:
             if request.type == "http":
-                return Connection(sock, request.route, is_tls=False)
+                return Connection(sock, request.route)
             if proxy:
                 _open_tunnel(sock, request, proxy)
             sock.settimeout(max(0.1, deadline - time.monotonic()))
-            return Connection(self._secure(sock, request.host), request.route, is_tls=True)
+            return Connection(self._secure(sock, request.host), request.route)
         except BaseException:
             sock.close()
             raise
@@ -316,11 +318,13 @@ class Transport:
                 failure = error
         raise failure
 
-    def _secure(self, sock: socket.socket, host: str) -> socket.socket:
+    def _secure(self, sock: socket.socket, host: str) -> TlsStream:
         import ssl
 
+        from shim.s3.tls import TlsStream  # noqa: F811
+
         try:
-            return self.trust.context().wrap_socket(sock, server_hostname=host)
+            return TlsStream(sock, self.trust.context(), host)
         except ssl.SSLCertVerificationError as error:
             raise CertificateError(
                 f"The certificate of {host} is not trusted: {error.verify_message} "
@@ -353,7 +357,7 @@ def _open_tunnel(sock: socket.socket, request: Request, proxy: Proxy) -> None:
         read_seconds=request.connect_seconds,
         cancelled=request.cancelled,
     )
-    response = Connection(sock, connect.route, is_tls=False).exchange(connect, connect.head())
+    response = Connection(sock, connect.route).exchange(connect, connect.head())
     if response.status != 200:
         raise TransportError(
             f"The proxy {proxy.host}:{proxy.port} refused a connection to {target}: "

@@ -1,0 +1,88 @@
+"""TLS over a connected socket, by way of memory.
+
+An SSLSocket asks the kernel twice for each record of 16 KiB. Here ciphertext is received in large
+pieces, which takes a tenth off the computing time of large downloads.
+"""
+
+from __future__ import annotations
+
+import ssl
+from contextlib import suppress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+PIECE_BYTES = 256 << 10
+RECORD_BYTES = 17 << 10  # with header, tag and padding
+
+
+class TlsStream:
+    """The methods of a socket that a connection needs, with their time-outs and errors.
+
+    A time-out loses nothing: the same call goes on where it was.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
+        """Shake hands. Raises OSError, ssl.SSLCertVerificationError among them."""
+        self._sock = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._scratch = memoryview(bytearray(RECORD_BYTES))
+        self._unsent = memoryview(b"")
+        self._accepted = 0  # bytes of a send() that are encrypted and not all sent
+        self.fileno, self.close = sock.fileno, sock.close
+        self.settimeout, self.setsockopt = sock.settimeout, sock.setsockopt
+        self._shake_hands()
+
+    def _shake_hands(self) -> None:
+        try:
+            while True:
+                try:
+                    self._tls.do_handshake()
+                    return
+                except ssl.SSLWantReadError:
+                    self._flush()
+                    if not self._receive(self._scratch):
+                        raise ssl.SSLEOFError("the server closed the connection") from None
+        finally:
+            with suppress(OSError):  # the server is told why not, if it listens
+                self._flush()
+
+    def holds_data(self) -> bool:
+        """Tell whether something was received that recv_into() has not returned."""
+        return self._incoming.pending > 0 or self._tls.pending() > 0
+
+    def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
+        """Receive what is there, at least a byte; 0 at the end, announced or not."""
+        size, filled = nbytes or len(view), 0
+        while True:
+            try:
+                while filled < size and (more := self._tls.read(size - filled, view[filled:])):
+                    filled += int(more)
+                return filled
+            except ssl.SSLWantReadError:
+                if filled:
+                    return filled
+            self._flush()  # an answer to the server's wish for new keys
+            # Where the plaintext will be, there is room for ciphertext.
+            if not self._receive(view if size >= RECORD_BYTES else self._scratch):
+                return 0
+
+    def send(self, data: memoryview) -> int:
+        """Send the beginning of data; return how long that was."""
+        if not self._accepted:
+            self._accepted = self._tls.write(data[:PIECE_BYTES])
+        self._flush()
+        accepted, self._accepted = self._accepted, 0
+        return accepted
+
+    def _receive(self, room: memoryview) -> int:
+        received = self._sock.recv_into(room[:PIECE_BYTES])
+        self._incoming.write(room[:received])
+        return received
+
+    def _flush(self) -> None:
+        while self._unsent or self._outgoing.pending:
+            self._unsent = self._unsent or memoryview(self._outgoing.read())
+            self._unsent = self._unsent[self._sock.send(self._unsent) :]
