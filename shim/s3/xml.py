@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from urllib.parse import unquote_plus
-from xml.parsers import expat
 
 from shim.s3.errors import TransportError
 
@@ -32,6 +31,8 @@ class Page:
 
 def parse(document: bytes) -> Element:
     """Parse a document; TransportError when it is not well-formed or brings its own grammar."""
+    from xml.parsers import expat  # the first request, of the set-up, brings none
+
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
     stack = [Element("")]
