@@ -104,6 +104,17 @@ def test_sends_all_through_time_outs(serve: Serve, trusting: ssl.SSLContext) -> 
     assert b"thanks" == receive_all(stream)
 
 
+def test_who_stops_listening_is_heard(serve: Serve, trusting: ssl.SSLContext) -> None:
+    """As of a bucket that refuses a body before it has all of it."""
+    ours, outcome = serve(lambda connection: connection.sendall(b"refused"))
+    stream = TlsStream(ours, trusting, "127.0.0.1")
+    outcome.result(10)
+    with pytest.raises(OSError):  # noqa: B017 - whichever the kernel names
+        while True:
+            stream.send(memoryview(DATA))
+    assert b"refused" == receive_all(stream)
+
+
 def test_a_time_out_while_receiving_loses_nothing(serve: Serve, trusting: ssl.SSLContext) -> None:
     timed_out = threading.Event()
 

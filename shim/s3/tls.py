@@ -64,7 +64,9 @@ class TlsStream:
             except ssl.SSLWantReadError:
                 if filled:
                     return filled
-            self._flush()  # an answer to the server's wish for new keys
+            if not self._accepted:  # else what send() has begun comes first
+                with suppress(OSError):  # who listens no more may have said why
+                    self._flush()
             # Where the plaintext will be, there is room for ciphertext.
             if not self._receive(view if size >= RECORD_BYTES else self._scratch):
                 return 0
