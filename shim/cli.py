@@ -295,7 +295,7 @@ def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: 
         arguments.refuse("Only one of tasks or file should be set")
     if not text and not file:
         arguments.refuse("One of tasks or file should be set")
-    is_remote = bool(file) and file.startswith(("s3://", "https://"))
+    is_remote = bool(file) and _is_remote(file)
     # What can be refused at once is refused before anything is written or contacted.
     tasks = None if is_remote else _parse(_read_local(text, file, stop))
     job = Job(environ=environ, stop=stop, title="Invoking the model")
@@ -403,9 +403,8 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
         return connect_store(settings, {**environ, **brief}, Log(level="CRITICAL"), stop)
 
     def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
-        is_remote = file.startswith(("s3://", "https://"))
         return _parse(
-            _read_remote(file, store, stop) if is_remote else _read_local(None, file, stop)
+            _read_remote(file, store, stop) if _is_remote(file) else _read_local(None, file, stop)
         )
 
     log = Log(style=style_of(arguments))
@@ -420,6 +419,10 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
         preflight.tell(finding, log)
         code |= finding.level == preflight.ERROR
     return code
+
+
+def _is_remote(file: str) -> bool:
+    return file.startswith(("s3://", "https://"))
 
 
 def _read_local(text: str | None, file: str, stop: Stop) -> dict[str, bytes]:

@@ -11,8 +11,8 @@ Rule 3: once the user's code runs, nothing is read from the temporary directory:
 from __future__ import annotations
 
 import os
-import sys
 import select
+import sys
 import threading
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
