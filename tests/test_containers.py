@@ -36,7 +36,8 @@ def podman() -> Iterator[Podman]:
 
     def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = ["podman", *options.split(), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        # Podman's monitor leaves a file where it was started when memory ran out.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=store)
         assert done.returncode == 0 or not check, done.stderr
         return done
 
