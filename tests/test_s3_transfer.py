@@ -6,6 +6,7 @@ import base64
 import errno
 import hashlib
 import os
+import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shim.s3 import download, upload
+from shim.s3 import download, pace, upload
 from shim.s3.checksums import combine_crc32
 from shim.s3.crew import Crew
 from shim.s3.errors import (
@@ -43,12 +44,13 @@ from tests.s3_clients import Harness, build_harness, running_double
 from tests.support import poll
 
 PART = 100_000
+SO_MAX_PACING_RATE = 47
 
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Double]:
     """A double, and parts small enough to have many of them."""
-    monkeypatch.setattr(download, "PART_BYTES", PART)
+    monkeypatch.setattr(download, "SMALLEST_PART_BYTES", PART)
     monkeypatch.setattr(upload, "SINGLE_BYTES", 4 * PART)
     monkeypatch.setattr(upload, "SMALLEST_PART_BYTES", PART)
     monkeypatch.setattr(upload, "MIB", PART)
@@ -92,28 +94,65 @@ def test_a_small_object_costs_one_request(
     assert ["GetObject"] == double.operations()
 
 
+def download_from_the_end(double: S3Double, harness: Harness, path: Path) -> list[tuple[int, int]]:
+    """Let the first answer wait for all the others; return their ranges, first to last."""
+    body = store(double, 30 * PART)
+    etag = double.buckets["bucket"]["key"].etag
+
+    def ranges() -> list[str]:
+        return [seen.headers["range"] for seen in double.seen[1:]]
+
+    def wait_for_the_others(exchange: Exchange) -> None:
+        head = f"HTTP/1.1 200 OK\r\nETag: {etag}\r\nContent-Length: {len(body)}\r\n\r\n"
+        exchange.wfile.write(head.encode() + body[: PART + 1])  # so that the next part is begun
+        poll(lambda: any(text.startswith(f"bytes={2 * PART}-") for text in ranges()))
+        exchange.wfile.write(body[PART + 1 :])
+
+    double.faults = [wait_for_the_others]
+    assert body == harness.download(path)
+    assert {etag} == {seen.headers["if-match"] for seen in double.seen[1:]}
+    found = [text.removeprefix("bytes=").split("-") for text in ranges()]
+    return sorted((int(first), int(last)) for first, last in found)
+
+
 def test_others_take_parts_of_a_large_object_from_its_end(
     double: S3Double, harness: Harness, tmp_path: Path
 ) -> None:
-    body = store(double, 30 * PART)
-    event = threading.Event()
-
-    def slowly(exchange: Exchange) -> None:
-        head = f"HTTP/1.1 200 OK\r\nETag: {etag}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        exchange.wfile.write(head + body[:PART])
-        event.wait(10)
-        exchange.wfile.write(body[PART:])
-
-    etag = double.buckets["bucket"]["key"].etag
-    double.faults = [slowly]
-    threading.Thread(
-        target=lambda: (poll(lambda: len(double.seen) > 20), event.set()), daemon=True
-    ).start()
-    assert body == harness.download(tmp_path / "file")
-    ranges = [seen.headers["range"] for seen in double.seen[1:]]
-    assert f"bytes={29 * PART}-{30 * PART - 1}" in ranges[:4]
-    assert {etag} == {seen.headers["if-match"] for seen in double.seen[1:]}
+    ranges = download_from_the_end(double, harness, tmp_path / "file")
+    assert [(n * PART, (n + 1) * PART - 1) for n in range(2, 30)] == ranges
+    first_seen = [seen.headers["range"] for seen in double.seen[1:5]]
+    assert f"bytes={29 * PART}-{30 * PART - 1}" in first_seen
     assert 4 >= double.most_active
+
+
+def test_parts_are_long_at_first_and_short_at_last(
+    double: S3Double, harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "MOST_PARTS", 4)
+    monkeypatch.setattr(download, "LARGEST_PART_BYTES", 5 * PART)
+    ranges = download_from_the_end(double, harness, tmp_path / "file")
+    borders = [first for first, _ in ranges] + [30 * PART]
+    assert [2 * PART, *(last + 1 for _, last in ranges)] == borders
+    lengths = [last - first + 1 for first, last in ranges]
+    assert 5 * PART == lengths[-1]
+    assert lengths == sorted(lengths)
+    assert PART == lengths[1] >= lengths[0]
+
+
+def test_a_slow_server_has_more_threads(
+    double: S3Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pace_connection(exchange: Exchange) -> None:
+        exchange.connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 10 * PART)
+        exchange.answer()
+
+    monkeypatch.setattr(pace, "WINDOW_BYTES", PART // 10)
+    monkeypatch.setattr(download, "FIRST_HELPERS", 1)
+    body = store(double, 60 * PART)
+    double.faults = [pace_connection] * 60
+    harness = build_harness(double.url, concurrency=20)
+    assert body == harness.download(tmp_path / "file", concurrency=20)
+    assert 1 + download.MOST_HELPERS == double.most_active
 
 
 @pytest.mark.parametrize("size", [1, 30 * PART], ids=["one request", "parts"])

@@ -10,7 +10,7 @@ from shim.s3 import affinity
 
 LARGE_BYTES = 1 << 20
 SMALL_BYTES = 64 << 10
-LARGE_BUFFERS = 12
+LARGE_BUFFERS = 10
 
 _large: list[memoryview] = []
 _made = 0

@@ -79,6 +79,13 @@ class Crew:
             self._call_for_help()
         return work
 
+    def widen(self, work: Work, *, most: int) -> None:
+        """Let one more thread call the step, up to `most`."""
+        with self._came:
+            if work.is_open and work.most < most:
+                work.most += 1
+                self._call_for_help()
+
     def finish(self, work: Work) -> None:
         """Take part until all of the work is done; raise its first error."""
         while work.is_open:

@@ -3,7 +3,7 @@
 The first GET asks for everything and streams from the start; of a large object, other threads take
 parts from the end until they meet. No HEAD is needed, and a small object costs one request.
 
-    | 0 stream -> | 1 -> | 2 -> | ... | <- n-2 | <- n-1 |      PART_BYTES each
+    | stream -> | -> | -> |   nobody's yet   | <- part | <-   part   | <-    part    |
 
 Rule 1: every answer's range, total and ETag are checked; some servers ignore Range or If-Match.
 Rule 2: a body that breaks off is resumed at the byte reached.
@@ -33,16 +33,20 @@ from shim.s3.errors import (
 )
 from shim.s3.http1 import HEAD_LIMIT_BYTES, Response
 from shim.s3.operations import Operation, Service
+from shim.s3.pace import Pace
 from shim.s3.retries import RESUMES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
-PART_BYTES = 8 << 20
-# Where processors are few, more threads than this decrypt no faster and wait for each other.
-MOST_HELPERS = min(7, 2 * len(os.sched_getaffinity(0)) - 1)
+SMALLEST_PART_BYTES = 8 << 20
+LARGEST_PART_BYTES = 64 << 20
+MOST_PARTS = 32  # that what is left would be divided into: a request each, and a short end
+# Of threads beside the one that has the first answer; see shim.s3.pace.
+FIRST_HELPERS = max(1, min(7, len(os.sched_getaffinity(0)) - 1))
+MOST_HELPERS = 11
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -104,8 +108,10 @@ def _opaque(etag: str) -> str:
 class _Range:
     """Bytes of an object on their way to their place in a file."""
 
-    def __init__(self, version: _Version, fd: int, start: int, stop: int) -> None:
-        self.version, self._fd = version, fd
+    def __init__(
+        self, version: _Version, fd: int, start: int, stop: int, call_for_help: Callable[[], None]
+    ) -> None:
+        self.version, self._fd, self._call_for_help = version, fd, call_for_help
         self.start = self.position = start
         self.stop, self.crc = stop, 0
 
@@ -115,12 +121,12 @@ class _Range:
     def consume(self, response: Response) -> None:
         self.version.check(response, self.position, self.stop)
         with borrow_buffer() as buffer:
-            self.write(response, buffer)
+            self.write(Pace(response, buffer, self._call_for_help).receive)
 
-    def write(self, response: Response, buffer: memoryview | None) -> None:
+    def write(self, receive: Callable[[int], memoryview]) -> None:
         """Take what is missing up to stop from an answer that begins at position."""
         while self.position < self.stop:
-            piece = response.receive(self.stop - self.position, buffer)
+            piece = receive(self.stop - self.position)
             if self.version.has_crc32:
                 self.crc = zlib.crc32(piece, self.crc)
             while piece:
@@ -133,9 +139,9 @@ class _Whole(_Range):
     """The range that begins at 0 and ends where the other threads have begun."""
 
     def __init__(self, service: Service, version: _Version, fd: int, crew: Crew) -> None:
-        super().__init__(version, fd, 0, 0)
+        super().__init__(version, fd, 0, 0, self._widen)
         self._service, self._crew = service, crew
-        self._first = self._end = 0  # of the parts that nobody has taken
+        self._first = self._end = 0  # of the bytes that nobody has taken
         self._parts: list[_Range] = []
         self._lock = threading.Lock()
         self._work: Work | None = None
@@ -157,35 +163,39 @@ class _Whole(_Range):
     def consume(self, response: Response) -> None:
         is_first = self.version.size is None
         size = self.version.check(response, self.position, self.version.size or 0)
-        if is_first and size <= 2 * PART_BYTES:
+        if is_first and size <= 2 * SMALLEST_PART_BYTES:
             self.stop = size
         elif is_first:
-            self._end = -(-size // PART_BYTES)
-            self._work = self._crew.offer(self._fetch_last, most=MOST_HELPERS)
+            self._end = size
+            self._work = self._crew.offer(self._fetch_last, most=FIRST_HELPERS)
         if size - self.position <= 2 * HEAD_LIMIT_BYTES:
-            self.write(response, None)
+            self.write(response.receive)
             return
         with borrow_buffer() as buffer:
-            self.write(response, buffer)
-            while self._take_first(size):
-                self.write(response, buffer)
+            receive = Pace(response, buffer, self._call_for_help).receive
+            self.write(receive)
+            while self._take_first():
+                self.write(receive)
 
-    def _take_first(self, size: int) -> bool:
+    def _widen(self) -> None:
+        if self._work:
+            self._crew.widen(self._work, most=MOST_HELPERS)
+
+    def _take_first(self) -> bool:
         with self._lock:
             if self._first == self._end:
                 return False
-            self._first += 1
-            self.stop = min(self._first * PART_BYTES, size)
+            self.stop = self._first = min(self._first + SMALLEST_PART_BYTES, self._end)
             return True
 
     def _fetch_last(self) -> bool:
         with self._lock:
             if self._first == self._end:
                 return False
-            self._end -= 1
-            start = self._end * PART_BYTES
-            size = self.version.size or 0
-            part = _Range(self.version, self._fd, start, min(start + PART_BYTES, size))
+            left, stop = self._end - self._first, self._end
+            length = min(max(SMALLEST_PART_BYTES, left // MOST_PARTS), LARGEST_PART_BYTES)
+            self._end = max(stop - length, self._first)
+            part = _Range(self.version, self._fd, self._end, stop, self._widen)
             self._parts.append(part)
         self._service.perform(part, cancelled=self._crew.cancelled)
         return True

@@ -11,9 +11,12 @@ all the rest of a small transfer.
 
 from __future__ import annotations
 
+import fcntl
 import select
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Callable, Iterator, Mapping
 
 from shim.s3.errors import Cancelled, StaleConnection, TransportError
@@ -150,6 +153,11 @@ class Connection:
 
     def _is_readable(self) -> bool:
         return bool(self._poll.poll(0)) or (self._tls is not None and self._tls.holds_data())
+
+    def unread_bytes(self) -> int:
+        """Return how much has arrived and waits in the kernel, as it came over the wire."""
+        count = fcntl.ioctl(self._sock.fileno(), termios.FIONREAD, bytes(4))
+        return int.from_bytes(count, sys.byteorder)
 
     def exchange(self, request: Request, head: bytes) -> Response:
         """Send a request and read the head of its answer."""

@@ -37,7 +37,7 @@ SINGLE_BYTES = 16 * MIB
 SMALLEST_PART_BYTES = 16 * MIB  # the service takes 5 MiB to 5 GiB, the last part may be smaller
 LARGEST_PART_BYTES = 5 << 30
 MOST_PARTS = 10_000
-MOST_HELPERS = 7
+MOST_HELPERS = 11
 COMPLETE_SECONDS = 300.0  # S3 may take minutes to join the parts
 ABORT_SECONDS = 5.0
 

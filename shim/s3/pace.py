@@ -1,0 +1,39 @@
+"""As many threads for a large object as its server is slow.
+
+S3 gives a connection some 80 MB/s: there, as many threads as are allowed share an object. Where
+bytes wait for the threads, and not the other way round, these share the processors, the interpreter
+and the file, and each further one makes all of them slower.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shim.s3.http1 import Response
+
+WINDOW_BYTES = 2 << 20
+QUEUE_BYTES = 64 << 10  # of less than this it is said that we waited for it
+
+
+class Pace:
+    """Receives a large body, and calls for help while the server is the slower one."""
+
+    def __init__(
+        self, response: Response, buffer: memoryview, call_for_help: Callable[[], None]
+    ) -> None:
+        self._response, self._buffer, self._call_for_help = response, buffer, call_for_help
+        self._all = self._awaited = 0
+
+    def receive(self, limit: int) -> memoryview:
+        """Return at most limit of the next bytes, valid until the next call."""
+        is_early = self._response.connection.unread_bytes() < QUEUE_BYTES
+        piece = self._response.receive(limit, self._buffer)
+        self._all += len(piece)
+        self._awaited += len(piece) if is_early else 0
+        if self._all >= WINDOW_BYTES:
+            if self._awaited > self._all * 3 // 4:
+                self._call_for_help()
+            self._all = self._awaited = 0
+        return piece
