@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from shim.s3.affinity import Processors
 
+MOST_HELPERS = 11  # of one large object, beside the thread that has it: see shim.s3.pace
 STACK_BYTES = 512 << 10  # RLIMIT_DATA counts stacks, and the default is 8 MiB
 
 _stack_size = threading.Lock()

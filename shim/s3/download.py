@@ -23,7 +23,7 @@ from binascii import b2a_base64
 
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import Checksum, combine_crc32, encode_crc32
-from shim.s3.crew import Crew, Work
+from shim.s3.crew import MOST_HELPERS, Crew, Work
 from shim.s3.errors import (
     IntegrityError,
     ObjectChanged,
@@ -44,9 +44,7 @@ if TYPE_CHECKING:
 SMALLEST_PART_BYTES = 8 << 20
 LARGEST_PART_BYTES = 64 << 20
 MOST_PARTS = 32  # that what is left would be divided into: a request each, and a short end
-# Of threads beside the one that has the first answer; see shim.s3.pace.
 FIRST_HELPERS = max(1, min(7, len(os.sched_getaffinity(0)) - 1))
-MOST_HELPERS = 11
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 

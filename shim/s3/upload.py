@@ -21,7 +21,7 @@ from functools import partial
 
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import encode_crc32
-from shim.s3.crew import Crew
+from shim.s3.crew import MOST_HELPERS, Crew
 from shim.s3.errors import ObjectChanged, S3ClientError, ServiceError
 from shim.s3.http1 import Response, never
 from shim.s3.operations import ERROR_LIMIT_BYTES, Operation, Service, error_of, read_headers
@@ -37,7 +37,6 @@ SINGLE_BYTES = 16 * MIB
 SMALLEST_PART_BYTES = 16 * MIB  # the service takes 5 MiB to 5 GiB, the last part may be smaller
 LARGEST_PART_BYTES = 5 << 30
 MOST_PARTS = 10_000
-MOST_HELPERS = 11
 COMPLETE_SECONDS = 300.0  # S3 may take minutes to join the parts
 ABORT_SECONDS = 5.0
 
