@@ -31,6 +31,12 @@ def poll(condition: Callable[[], object], *, seconds: float = 10, every: float =
     return value
 
 
+def limit_rate(sock: socket.socket, bytes_a_second: int) -> None:
+    """Have the kernel send no faster on a connection."""
+    so_max_pacing_rate = 47  # the socket module has no name for it
+    sock.setsockopt(socket.SOL_SOCKET, so_max_pacing_rate, bytes_a_second)
+
+
 def signal_set(mask: str) -> set[int]:
     """Return the signals of a mask in /proc/PID/status but for 32 and 33.
 

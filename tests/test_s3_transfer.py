@@ -6,7 +6,6 @@ import base64
 import errno
 import hashlib
 import os
-import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -41,10 +40,9 @@ from tests.fakes.s3_double import (
     work,
 )
 from tests.s3_clients import Harness, build_harness, running_double
-from tests.support import poll
+from tests.support import limit_rate, poll
 
 PART = 100_000
-SO_MAX_PACING_RATE = 47
 
 
 @pytest.fixture
@@ -142,14 +140,14 @@ def test_parts_are_long_at_first_and_short_at_last(
 def test_a_slow_server_has_more_threads(
     double: S3Double, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pace_connection(exchange: Exchange) -> None:
-        exchange.connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 10 * PART)
+    def answer_slowly(exchange: Exchange) -> None:
+        limit_rate(exchange.connection, 10 * PART)
         exchange.answer()
 
     monkeypatch.setattr(pace, "WINDOW_BYTES", PART // 10)
     monkeypatch.setattr(download, "FIRST_HELPERS", 1)
     body = store(double, 60 * PART)
-    double.faults = [pace_connection] * 60
+    double.faults = [answer_slowly] * 60
     harness = build_harness(double.url, concurrency=20)
     assert body == harness.download(tmp_path / "file", concurrency=20)
     assert 1 + download.MOST_HELPERS == double.most_active
