@@ -1,32 +1,34 @@
 """Unpack the archives of strangers beneath one directory, in bounded memory.
 
-Every file is made by its name in an open directory that was reached without following a link, so
-an archive cannot write through a link that it brought along. tarfile and zipfile only parse: their
-own extraction depends on filters that Debian's 3.11 lacks, and that early 3.12 and 3.13 get wrong.
+Every file is made by its name in an open directory that was reached without the kernel following a
+link, so an archive cannot write through a link to a place outside. tarfile and zipfile only parse:
+their own extraction depends on filters that Debian's 3.11 lacks, and that early 3.12 and 3.13 get
+wrong.
 """
 
 from __future__ import annotations
 
 import bz2
 import errno
-import gzip
 import io
+import itertools
 import lzma
 import os
 import posixpath
-import shutil
 import stat
+import struct
 import tarfile
 import zipfile
-from contextlib import suppress
-from pathlib import Path
+import zlib
+from contextlib import contextmanager, suppress
 
 from shim.errors import ShimError, UserSafeError
+from shim.users import User, may_read
 from shim.workspace import closing_descriptor, make_directories
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, BinaryIO, Protocol
 
     class Readable(Protocol):
@@ -42,9 +44,24 @@ ZIP_SIZE_MESSAGE = "Contents of zip file too large"
 BLOCK_BYTES = 1 << 18
 # zipfile inflates a block of these methods in one go, up to 20,000 times its size.
 SMALL_BLOCK_BYTES = 1 << 12
-# Room for the extended attributes and the sparse map of one member; tarfile holds them in memory.
+# zipfile holds the whole directory, and some 700 bytes for each entry.
+MAX_ZIP_ENTRIES = 200_000
+MAX_ZIP_DIRECTORY_BYTES = 32 << 20
+ZIP_ENTRIES_MESSAGE = f"Zip file contains more than {MAX_ZIP_ENTRIES:,} entries"
+ZIP_DIRECTORY_MESSAGE = (
+    f"The list of contents of the zip file is longer than {MAX_ZIP_DIRECTORY_BYTES >> 20} MiB"
+)
+# Room for the attributes and the sparse map of one member; tarfile holds them in memory.
 MAX_TAR_HEADER_BYTES = 1 << 20
+# `xz -9` needs 65 MiB.
+MAX_LZMA_BYTES = 100 << 20
+MAX_LINKS = 40  # path_resolution(7)
+# Years 1425 to 2514: more than ext4, XFS and NFS can hold.
+MAX_TIME_SECONDS = 1 << 34
 
+_DROPPED = {"__MACOSX", ".DS_Store", "desktop.ini"}  # what desktops leave behind
+_UNICODE_PATH = 0x7075  # APPNOTE.TXT, 4.6.9
+_UTF8_FLAG = 0x800
 _STREAMED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _SUPPORTED = (*_STREAMED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,31 +73,61 @@ _CAUSED_BY_ARCHIVE = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
+    errno.ENOTEMPTY,
 )
+# What network file systems, and containers without CAP_CHOWN and CAP_FOWNER, say to an owner, a
+# mode or a time that they cannot set.
+_NOT_TO_BE_SET = (
+    errno.EACCES,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EROFS,
+)
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_IN_THE_WAY = (errno.ELOOP, errno.ENOTDIR)  # a link or a file, where a directory is needed
 
 
-def extract_zip(source: Path | BinaryIO, dest: Path) -> None:
+def _never() -> None:
+    """Do not stop."""
+
+
+def extract_zip(
+    source: io.RawIOBase,
+    directory: int,
+    claim: Callable[[Sequence[str]], None],
+    *,
+    check: Callable[[], None] = _never,
+) -> None:
     """Unpack the files of a zip into a directory, without the directory that all have in common.
 
-    Directories and what desktops leave behind are dropped, a later entry replaces an earlier one,
-    and nothing but plain files is made. zipfile holds about 1 KiB of memory for each entry.
+    Directories and what desktops leave behind are dropped; nothing but plain files is made.
+
+    - directory: an open descriptor, the caller's to close
+    - claim: called with the names that lead to each file, for all before the first is made; what
+      it raises refuses the archive
+    - check: called before each block is written; what it raises ends the work
 
     Raises UserSafeError for what is wrong with the archive.
     """
     try:
-        with (
-            zipfile.ZipFile(source) as archive,
-            closing_descriptor(os.open(dest, os.O_RDONLY | os.O_DIRECTORY)) as root,
-        ):
-            for member, names in _plan(archive.infolist()):
-                block = BLOCK_BYTES if member.compress_type in _STREAMED else SMALL_BLOCK_BYTES
+        with zipfile.ZipFile(_ZipSource(source)) as archive:
+            files = _plan(archive.infolist())
+            for _, names in files:
+                claim(names)
+            for member, names in files:
                 with (
                     archive.open(member) as content,
-                    closing_descriptor(make_directories(root, names[:-1])) as directory,
-                    _create(directory, names[-1], mode=0o644) as file,
+                    closing_descriptor(make_directories(directory, names[:-1])) as parent,
+                    _create(parent, names[-1]) as file,
                 ):
-                    shutil.copyfileobj(content, file, block)
-    except ShimError:  # ours, or what reading the source raises to stop
+                    os.fchmod(file.fileno(), 0o644)
+                    size = BLOCK_BYTES if member.compress_type in _STREAMED else SMALL_BLOCK_BYTES
+                    while block := content.read(size):
+                        check()
+                        file.write(block)
+    except ShimError:  # ours, or what claim and check raise
         raise
     except OSError as error:
         if error.errno in _DISK_FULL:
@@ -92,68 +139,117 @@ def extract_zip(source: Path | BinaryIO, dest: Path) -> None:
         raise UserSafeError(ZIP_MESSAGE) from error
 
 
-def extract_tar(stream: Readable, dest: Path, *, uid: int | None, gid: int | None) -> None:
-    """Unpack a tar (plain, gz, bz2, xz) into a directory while it is read, to its very end.
+def extract_tar(
+    stream: Readable,
+    directory: int,
+    *,
+    user: User,
+    warn: Callable[[str], None],
+    check: Callable[[], None] = _never,
+) -> None:
+    """Unpack a tar (plain, gz, bz2, xz, lzma) into a directory while it is read, to its very end.
 
-    Modes are those of tarfile's `data` filter; all that is made belongs to uid and gid (None = as
-    the shim). Raises UserSafeError for what is wrong with the archive or the disk; an exception of
-    the stream itself passes as it is.
+    What GNU tar and tarfile's `data` filter take is taken; a later entry replaces an earlier one.
+    Modes are those of that filter; all that is made belongs to the user.
+
+    - directory: an open descriptor, the caller's to close
+    - warn: told, once for each kind, what was left out or could not be set
+    - check: called before each block is written; what it raises ends the work
+
+    Raises UserSafeError for what is wrong with the archive or the disk; an exception of the stream
+    itself passes as it is.
     """
     source = _Source(stream)
-    owner = (-1 if uid is None else uid, -1 if gid is None else gid)
     try:
-        with closing_descriptor(os.open(dest, os.O_RDONLY | os.O_DIRECTORY)) as root:
-            packed = io.BufferedReader(source, BLOCK_BYTES)
-            content = _open_decompressed(packed)
-            _extract_members(_Blocks(content), root, owner)
-            # What proves the length and the checksum comes last.
-            for rest in (content, packed):
-                while rest.read(BLOCK_BYTES):
-                    pass
+        packed, content = _open_unpacked(source, warn)
+        _extract_members(_Blocks(content, warn, check), _Tree(directory, user, warn))
+        # What proves the length and the checksum comes last.
+        goes_on = False
+        for block in itertools.chain(_blocks_of(content), _blocks_of(packed)):
+            check()
+            goes_on |= bool(block.strip(b"\0"))
+        if goes_on:
+            warn("The archive goes on behind its end: what is there is left out")
+    except ShimError:
+        raise
     except Exception as error:  # tarfile meets hostile bytes with any exception there is
         if source.error is not None:
             raise source.error from None
         raise UserSafeError(TAR_MESSAGE) from error
 
 
-def _plan(members: Iterable[zipfile.ZipInfo]) -> Iterator[tuple[zipfile.ZipInfo, list[str]]]:
-    """Yield each file to unpack, with the names that lead to it, once all have been checked."""
-    files: list[tuple[zipfile.ZipInfo, list[str]]] = []
-    for member in members:
-        names = member.filename.split("/")
-        if member.is_dir() or "__MACOSX" in names or names[-1] in (".DS_Store", "desktop.ini"):
-            continue
-        if member.filename.startswith("/"):
+class _ZipSource(io.BufferedReader):
+    """The file of a zip, of which zipfile reads the directory in one piece: it is bounded here."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_ZIP_DIRECTORY_BYTES:
+            raise UserSafeError(ZIP_DIRECTORY_MESSAGE)
+        data = super().read(size)
+        if data.count(zipfile.stringCentralDir) > MAX_ZIP_ENTRIES:  # type: ignore[attr-defined]
+            raise UserSafeError(ZIP_ENTRIES_MESSAGE)
+        return data
+
+
+def _plan(members: Sequence[zipfile.ZipInfo]) -> list[tuple[zipfile.ZipInfo, list[str]]]:
+    """Return each file to unpack with the names that lead to it, once all have been checked.
+
+    What the names share is taken away as it is spelled: `/data/a` with `/data/b`, and `../x/a`
+    with `../x/b`, give `a` and `b`. A leading `./` in all of them is such a directory by itself:
+    `./a/x` with `./a/y` gives `a/x` and `a/y`.
+    """
+    paths = [_path(member) for member in members]
+    if not any("/" in path for path in paths):  # some Windows programs write these instead
+        paths = [path.replace("\\", "/") for path in paths]
+    files = [
+        (member, path, [name for name in path.split("/") if name not in ("", ".")])
+        for member, path in zip(members, paths, strict=True)
+        if not path.endswith("/") and not _DROPPED.intersection(path.split("/"))
+    ]
+    shared = os.path.commonprefix([names[:-1] for _, _, names in files]) if files else []
+    if all(path.startswith("./") for _, path, _ in files):
+        shared = []
+    is_absolute = {path.startswith("/") for _, path, _ in files}
+    seen: set[str] = set()
+    for member, path, names in files:
+        place = posixpath.normpath("/".join(names[len(shared) :]))
+        names[:] = place.split("/")
+        if names[0] in ("..", ".") or len(is_absolute) > 1:
             raise UserSafeError(ZIP_PATHS_MESSAGE)
-        names = _normalise(member.filename)
-        if not names or names[0] == "..":
-            raise UserSafeError(ZIP_PATHS_MESSAGE)
+        if place in seen:
+            raise UserSafeError(f"Zip file contains two entries for one file: {path!r}")
         if member.compress_type not in _SUPPORTED:
             raise UserSafeError(ZIP_METHOD_MESSAGE)
-        files.append((member, names))
-    parents = [names[:-1] for _, names in files]
-    depth = len(os.path.commonprefix(parents)) if parents else 0
-    for member, names in files:
-        yield member, names[depth:]
+        seen.add(place)
+    return [(member, names) for member, _, names in files]
 
 
-def _normalise(path: str) -> list[str]:
-    """Return the names in a path, `..` only at its beginning."""
-    return [name for name in posixpath.normpath(path).split("/") if name not in ("", ".")]
+def _path(member: zipfile.ZipInfo) -> str:
+    """Return the name of an entry: that of the Unicode path field, where it is this entry's."""
+    extra = member.extra
+    while len(extra) > 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        if kind == _UNICODE_PATH and size > 5 and extra[4] == 1:
+            encoding = "utf-8" if member.flag_bits & _UTF8_FLAG else "cp437"
+            if extra[5:9] == struct.pack("<L", zlib.crc32(member.orig_filename.encode(encoding))):
+                return extra[9 : 4 + size].decode()
+        extra = extra[4 + size :]
+    return member.filename
 
 
-def _create(directory: int, name: str, *, mode: int) -> BinaryIO:
+def _create(directory: int, name: str) -> BinaryIO:
     """Open a new file for writing, in place of whatever had its name."""
-    _unlink(directory, name)
+    _remove(directory, name)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    file = open(os.open(name, flags, 0o600, dir_fd=directory), "wb")
-    os.fchmod(file.fileno(), mode)
-    return file
+    return open(os.open(name, flags, 0o600, dir_fd=directory), "wb")
 
 
-def _unlink(directory: int, name: str) -> None:
+def _remove(directory: int, name: str) -> None:
+    """Remove what has a name: a file, a link or an empty directory."""
     with suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=directory)
+        try:
+            os.unlink(name, dir_fd=directory)
+        except IsADirectoryError:
+            os.rmdir(name, dir_fd=directory)
 
 
 class _Source(io.RawIOBase):
@@ -161,7 +257,14 @@ class _Source(io.RawIOBase):
 
     def __init__(self, stream: Readable) -> None:
         self._stream = stream
+        self._held = b""
         self.error: Exception | None = None
+
+    def peek(self, size: int) -> bytes:
+        """Return the next bytes without taking them, fewer at the end of the stream."""
+        while len(self._held) < size and (data := self._read(size - len(self._held))):
+            self._held += data
+        return self._held
 
     def readable(self) -> bool:
         return True
@@ -169,32 +272,121 @@ class _Source(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Fill the buffer with one read of the stream."""
         view = memoryview(buffer)
-        try:
-            data = self._stream.read(len(view))
-        except Exception as error:
-            self.error = error
-            raise
+        data, self._held = self._held or self._read(len(view)), b""
         view[: len(data)] = data
         return len(data)
 
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._stream.read(size)
+        except Exception as error:
+            self.error = error
+            raise
 
-def _open_decompressed(packed: io.BufferedReader[_Source]) -> Readable:
-    """Return the content of a stream, unpacked if its first bytes say that it is packed."""
-    magic = packed.peek()
-    if magic.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=packed)
-    if magic.startswith(b"BZh"):
-        return bz2.BZ2File(packed)
-    if magic.startswith(b"\xfd7zXZ\0"):
-        return lzma.LZMAFile(packed)
-    return packed
+
+class _Inflater:
+    """zlib for a member of a gzip stream, with the interface of bz2's and lzma's decompressors."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)
+        self.needs_input = True
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        unpacked = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+        self.needs_input = not self._inner.unconsumed_tail and len(unpacked) < max_length
+        return unpacked
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+
+# By the first bytes of a stream. Those of the last begin also a tar whose first file is named "]";
+# but what follows here is the size of a dictionary, which is not 0.
+_DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {
+    b"\x1f\x8b": _Inflater,
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ\0": lambda: lzma.LZMADecompressor(memlimit=MAX_LZMA_BYTES),
+    b"]\0\0": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=MAX_LZMA_BYTES),
+}
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a packed stream: of its members, one after the other, up to what is none."""
+
+    def __init__(
+        self, packed: io.BufferedReader[Any], magic: bytes, warn: Callable[[str], None]
+    ) -> None:
+        self._packed, self._magic, self._warn = packed, magic, warn
+        self._member: Any = _DECOMPRESSORS[magic]()
+        self._input = b""
+        self._has_ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Unpack at least a byte; 0 at the end."""
+        view = memoryview(buffer)
+        data = b""
+        while not data:
+            if self._has_ended or (self._member.eof and not self._begin_member()):
+                return 0
+            if not self._input and self._member.needs_input:
+                self._input = self._packed.read1(BLOCK_BYTES)
+                if not self._input:
+                    raise EOFError("the packed stream ends too early")
+            data = self._member.decompress(self._input, len(view))
+            self._input = b""
+        view[: len(data)] = data
+        return len(data)
+
+    def _begin_member(self) -> bool:
+        """Go on with the next member, if there is one. Zeros may lie between them."""
+        rest = self._member.unused_data.lstrip(b"\0")
+        while not rest and (block := self._packed.read1(BLOCK_BYTES)):
+            rest = block.lstrip(b"\0")
+        rest += self._packed.read(max(0, len(self._magic) - len(rest)))
+        if rest.startswith(self._magic):
+            self._member, self._input = _DECOMPRESSORS[self._magic](), rest
+            return True
+        if rest:
+            self._warn("The packed archive goes on behind its end: what is there is left out")
+            for _ in _blocks_of(self._packed):
+                pass
+        self._has_ended = True
+        return False
+
+
+def _open_unpacked(
+    source: _Source, warn: Callable[[str], None]
+) -> tuple[io.BufferedReader[Any], io.BufferedReader[Any]]:
+    """Return a stream and its content: unpacked, if its first bytes say that it is packed."""
+    beginning = source.peek(6)
+    packed = io.BufferedReader(source, BLOCK_BYTES)
+    for magic in _DECOMPRESSORS:
+        if beginning.startswith(magic) and beginning != b"]".ljust(6, b"\0"):
+            return packed, io.BufferedReader(_Unpacked(packed, magic, warn), BLOCK_BYTES)
+    return packed, packed
+
+
+def _blocks_of(stream: Readable) -> Iterator[bytes]:
+    """Yield what is left of a stream."""
+    while block := stream.read(BLOCK_BYTES):
+        yield block
 
 
 class _Blocks:
     """A tar stream, forward only: `read` and `seek` for tarfile's headers, `copy` for the data."""
 
-    def __init__(self, stream: Readable) -> None:
-        self._stream = stream
+    def __init__(
+        self, stream: Readable, warn: Callable[[str], None], check: Callable[[], None]
+    ) -> None:
+        self._stream, self._warn, self._check = stream, warn, check
         self._position = 0
         self.header_allowance = MAX_TAR_HEADER_BYTES
         self.last_read = b""
@@ -208,11 +400,10 @@ class _Blocks:
 
     def read(self, size: int) -> bytes:
         """Return a part of a header, less at the end of the stream."""
+        if not 0 <= size <= self.header_allowance:
+            return self._read_attributes(size)
         self.header_allowance -= size
-        if size < 0 or self.header_allowance < 0:
-            raise tarfile.ReadError("the header of a member is too long")
-        self.last_read = self._stream.read(size)
-        self._position += len(self.last_read)
+        self.last_read = self._take(size)
         return self.last_read
 
     def copy(self, size: int, file: BinaryIO | None) -> None:
@@ -225,18 +416,211 @@ class _Blocks:
             if not block:
                 raise tarfile.ReadError("unexpected end of data")
             size -= len(block)
+            self._check()
             if file is not None:
                 file.write(block)
 
+    def _take(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._position += len(data)
+        return data
 
-def _extract_members(blocks: _Blocks, root: int, owner: tuple[int, int]) -> None:
+    def _read_attributes(self, size: int) -> bytes:
+        """Return the records of a pax header that there is room for, without those that are longer.
+
+        A record is `LENGTH NAME=VALUE\\n`, LENGTH that of all of it; zeros fill the last block.
+        """
+        kept = bytearray()
+        while size > 0:
+            prefix = self._take(1)
+            if prefix == b"\0":
+                self.copy(size - 1, None)
+                break
+            while prefix.isdigit() and len(prefix) < len(str(size)):
+                prefix += self._take(1)
+            if not prefix.endswith(b" "):
+                prefix += self._take(1)
+            length = int(prefix) if prefix[:-1].isdigit() and prefix.endswith(b" ") else 0
+            if not len(prefix) < length <= size:
+                raise tarfile.ReadError("the header of a member is too long, or damaged")
+            size -= length
+            if length <= self.header_allowance:
+                self.header_allowance -= length
+                kept += prefix + self._take(length - len(prefix))
+            else:
+                self._warn("An attribute of a file in the archive is too long: it is left out")
+                self.copy(length - len(prefix), None)
+        return bytes(kept)
+
+
+class _Tree:
+    """The directory that a tar is unpacked into, and whose all of it is to be."""
+
+    def __init__(self, root: int, user: User, warn: Callable[[str], None]) -> None:
+        self._root, self._user, self._warn = root, user, warn
+        self._owner = (
+            -1 if user.uid is None else user.uid,
+            -1 if user.gid is None else user.gid,
+        )
+        self._warned: set[str] = set()
+
+    def open(self, names: Sequence[str]) -> int:
+        """Return a descriptor of a directory, made where it is missing.
+
+        The way there may lead through links of the archive's, as long as it stays inside.
+        """
+        try:
+            return self._walk(names, replace=False)
+        except OSError as error:
+            if error.errno not in _IN_THE_WAY:
+                raise
+        return self._walk(self._resolve(names), replace=True)
+
+    def make_directory(self, names: Sequence[str]) -> None:
+        """Make a directory in place of whatever else has its name, or take one that is there."""
+        *parents, name = names or ["."]
+        with closing_descriptor(self.open(parents)) as parent:
+            with closing_descriptor(self._open_or_make(parent, name, replace=True)) as directory:
+                self._own(directory, name)
+
+    def make_file(self, names: Sequence[str], member: tarfile.TarInfo, blocks: _Blocks) -> None:
+        """Make a file with the content that comes next."""
+        *parents, name = names
+        with (
+            closing_descriptor(self.open(parents)) as directory,
+            _create(directory, name) as file,
+        ):
+            with self._setting("mode", name):
+                os.fchmod(file.fileno(), _mode(member))
+            self._own(file.fileno(), name)
+            _write_content(member, blocks, file)
+            with self._setting("time", name):
+                os.utime(file.fileno(), (_time(member),) * 2)
+
+    def make_symlink(self, names: Sequence[str], target: str) -> None:
+        """Make a link that by its text leads inside. The user will follow it as himself."""
+        *parents, name = names
+        _check_target(parents, target)
+        with closing_descriptor(self.open(parents)) as directory:
+            _remove(directory, name)
+            os.symlink(target, name, dir_fd=directory)
+            with self._setting("owner", name):
+                os.chown(name, *self._owner, dir_fd=directory, follow_symlinks=False)
+
+    def make_link(self, names: Sequence[str], target: str) -> None:
+        """Make another name for a file or a link that was unpacked before."""
+        *parents, name = names
+        *others, source = _inside(target)
+        with (
+            closing_descriptor(self.open(others)) as there,
+            closing_descriptor(self.open(parents)) as directory,
+        ):
+            status = os.stat(source, dir_fd=there, follow_symlinks=False)
+            if stat.S_ISLNK(status.st_mode):
+                _check_target(parents, os.readlink(source, dir_fd=there))
+            elif not stat.S_ISREG(status.st_mode):
+                raise tarfile.ReadError(f"{target!r} is not a file")
+            if os.path.samestat(status, _stat_or_none(directory, name) or os.fstat(directory)):
+                return
+            _remove(directory, name)
+            os.link(source, name, src_dir_fd=there, dst_dir_fd=directory, follow_symlinks=False)
+
+    def _walk(self, names: Sequence[str], *, replace: bool) -> int:
+        here = os.dup(self._root)
+        for name in names:
+            with closing_descriptor(here):
+                here = self._open_or_make(here, name, replace=replace)
+        return here
+
+    def _open_or_make(self, parent: int, name: str, *, replace: bool) -> int:
+        """Open a directory; make it where it is missing, or may replace something else."""
+        try:
+            return os.open(name, _DIRECTORY, dir_fd=parent)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if not replace or error.errno not in _IN_THE_WAY:
+                raise
+            os.unlink(name, dir_fd=parent)
+        os.mkdir(name, dir_fd=parent)
+        directory = os.open(name, _DIRECTORY, dir_fd=parent)
+        with self._setting("mode", name):
+            os.fchmod(directory, 0o755)
+        self._own(directory, name)
+        return directory
+
+    def _resolve(self, names: Sequence[str]) -> list[str]:
+        """Return the names without links, as the kernel would follow them below the root."""
+        path: list[str] = []
+        todo = list(names[::-1])
+        links = 0
+        while todo:
+            name = todo.pop()
+            if name == "..":
+                if not path:
+                    raise tarfile.ReadError(f"{'/'.join(names)!r} leads outside")
+                path.pop()
+            elif name not in ("", "."):
+                target = self._read_link(path, name)
+                if target is None:
+                    path.append(name)
+                    continue
+                links += 1
+                if links > MAX_LINKS or target.startswith("/"):
+                    raise tarfile.ReadError(f"{'/'.join(names)!r} leads outside, or in circles")
+                todo += target.split("/")[::-1]
+        return path
+
+    def _read_link(self, path: Sequence[str], name: str) -> str | None:
+        """Return the target of a link, None for anything else and for what is not there."""
+        here = os.dup(self._root)
+        try:
+            for step in path:
+                there = os.open(step, _DIRECTORY, dir_fd=here)
+                os.close(here)
+                here = there
+            return os.readlink(name, dir_fd=here)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT, errno.ENOTDIR):
+                return None
+            raise
+        finally:
+            os.close(here)
+
+    def _own(self, descriptor: int, name: str) -> None:
+        """Give a file or directory to the user, or see that he can read it all the same."""
+        with self._setting("owner", name):
+            os.fchown(descriptor, *self._owner)
+        if not may_read(os.fstat(descriptor), self._user):
+            raise UserSafeError(
+                f"{TAR_MESSAGE}: the file system does not let the user of the command own or read "
+                f"{name!r}"
+            )
+
+    @contextmanager
+    def _setting(self, what: str, name: str) -> Iterator[None]:
+        """Warn once of what the file system refuses to set."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NOT_TO_BE_SET:
+                raise
+            if what not in self._warned:
+                self._warned.add(what)
+                self._warn(
+                    f"The file system does not let us set the {what} of {name!r} and perhaps of "
+                    f"others: {error.strerror}"
+                )
+
+
+def _extract_members(blocks: _Blocks, tree: _Tree) -> None:
     archive = tarfile.TarFile(fileobj=blocks, encoding="utf-8")  # type: ignore[arg-type]
     while True:
         blocks.header_allowance = MAX_TAR_HEADER_BYTES
         member = archive.next()
         if member is None:
             break
-        _extract_member(member, blocks, root, owner)
+        _extract_member(member, blocks, tree)
         # tarfile would remember every member and every global header.
         archive.members.clear()  # type: ignore[attr-defined]
         archive.pax_headers = {}
@@ -245,61 +629,54 @@ def _extract_members(blocks: _Blocks, root: int, owner: tuple[int, int]) -> None
         raise tarfile.ReadError("damaged header")
 
 
-def _extract_member(
-    member: tarfile.TarInfo, blocks: _Blocks, root: int, owner: tuple[int, int]
-) -> None:
-    names = _inside(member.name)
-    if member.isdir():
-        with closing_descriptor(make_directories(root, names, owner)) as directory:
-            os.fchown(directory, *owner)
+def _extract_member(member: tarfile.TarInfo, blocks: _Blocks, tree: _Tree) -> None:
+    if member.type == b"V":  # the label of the archive: GNU tar, src/tar.h
         return
-    if member.isdev() or not names:
-        raise tarfile.ReadError(f"{member.name!r} is a device, or has no name")
-    *parents, name = names
-    with closing_descriptor(make_directories(root, parents, owner)) as directory:
-        if member.issym():
-            _make_symlink(member.linkname, parents, directory, name)
-            os.chown(name, *owner, dir_fd=directory, follow_symlinks=False)
-        elif member.islnk():
-            _make_link(member.linkname, root, directory, name)
-        else:
-            with _create(directory, name, mode=_mode(member)) as file:
-                os.fchown(file.fileno(), *owner)
-                _write_content(member, blocks, file)
+    names = _inside(member.name)
+    if member.isdir() or member.type == b"D":  # D lists a directory's files for incremental dumps
+        tree.make_directory(names)
+    elif member.isdev() or member.type == b"M" or not names:
+        raise tarfile.ReadError(f"{member.name!r} is a device, goes on elsewhere, or has no name")
+    elif member.issym():
+        tree.make_symlink(names, member.linkname)
+    elif member.islnk():
+        tree.make_link(names, member.linkname)
+    else:
+        tree.make_file(names, member, blocks)
 
 
 def _inside(path: str) -> list[str]:
-    """Return the names in a path below the destination; a leading slash counts for nothing."""
-    names = _normalise(path.lstrip("/"))
+    """Return the names in a path below the root; a leading slash counts for nothing."""
+    path = posixpath.normpath(path.lstrip("/") or ".")
+    names = [] if path == "." else path.split("/")
     if names[:1] == [".."]:
         raise tarfile.ReadError(f"{path!r} lies outside")
     return names
 
 
-def _make_symlink(target: str, parents: Sequence[str], directory: int, name: str) -> None:
-    """Make a link that by its text leads inside. We follow none; the user reads as himself."""
+def _check_target(parents: Sequence[str], target: str) -> None:
+    """Refuse a link in the directory `parents` that by its text leads outside."""
     if target.startswith("/"):
         raise tarfile.ReadError(f"{target!r} lies outside")
     _inside(posixpath.join(*parents, target))
-    _unlink(directory, name)
-    os.symlink(target, name, dir_fd=directory)
 
 
-def _make_link(target: str, root: int, directory: int, name: str) -> None:
-    """Make another name for a file that was unpacked before."""
-    *parents, source = _inside(target)
-    with closing_descriptor(make_directories(root, parents)) as there:
-        status = os.stat(source, dir_fd=there, follow_symlinks=False)
-        if target.startswith("/") or not stat.S_ISREG(status.st_mode):
-            raise tarfile.ReadError(f"{target!r} lies outside, or is not a file")
-        _unlink(directory, name)
-        os.link(source, name, src_dir_fd=there, dst_dir_fd=directory, follow_symlinks=False)
+def _stat_or_none(directory: int, name: str) -> os.stat_result | None:
+    with suppress(FileNotFoundError):
+        return os.stat(name, dir_fd=directory, follow_symlinks=False)
+    return None
 
 
 def _mode(member: tarfile.TarInfo) -> int:
     """Return the permissions that tarfile's `data` filter leaves to a file."""
     mode = member.mode & 0o755 | 0o600
     return mode if mode & 0o100 else mode & ~0o111
+
+
+def _time(member: tarfile.TarInfo) -> float:
+    """Return the time of a file, or the nearest one that a clock can hold."""
+    time = float(member.mtime)
+    return max(-MAX_TIME_SECONDS, min(time, MAX_TIME_SECONDS)) if time == time else 0.0
 
 
 def _write_content(member: tarfile.TarInfo, blocks: _Blocks, file: BinaryIO) -> None:
@@ -309,4 +686,3 @@ def _write_content(member: tarfile.TarInfo, blocks: _Blocks, file: BinaryIO) -> 
         file.seek(offset)
         blocks.copy(size, file)
     file.truncate(member.size)
-    os.utime(file.fileno(), (member.mtime, member.mtime))

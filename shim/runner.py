@@ -10,7 +10,7 @@ Rule 3: tasks run one at a time, in order; the first that fails ends the list.
 
 from __future__ import annotations
 
-import io
+import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -33,7 +33,7 @@ from shim.tasks import (
     sign,
 )
 from shim.users import resolve_user
-from shim.workspace import Workspace
+from shim.workspace import Workspace, closing_descriptor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -160,8 +160,11 @@ class Runner:
         archives: list[tuple[Path, Path]] = []
         self._transfers().download_all(self._downloads(task, archives))
         for archive, directory in archives:
-            with _StoppableFile(archive, self._stop) as file:
-                extract_zip(file, directory)
+            with (
+                closing_descriptor(os.open(directory, os.O_RDONLY | os.O_DIRECTORY)) as parent,
+                open(archive, "rb", buffering=0) as file,
+            ):
+                extract_zip(file, parent, lambda names: None, check=self._stop.check)
             archive.unlink()
 
     def _downloads(
@@ -238,18 +241,6 @@ class Runner:
             concurrency=self._settings.async_concurrency,
             cancelled=lambda: self._stop.requested,
         )
-
-
-class _StoppableFile(io.FileIO):
-    """A file that cannot be read after a stop: unpacking it may take longer than a stop gives."""
-
-    def __init__(self, path: Path, stop: Stop) -> None:
-        super().__init__(path)
-        self._stop = stop
-
-    def read(self, size: int | None = -1) -> bytes:
-        self._stop.check()
-        return super().read(size)
 
 
 def put_signed(store: Store, bucket: str, key: str, body: bytes, signing_key: bytes) -> None:

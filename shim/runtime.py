@@ -7,6 +7,7 @@ mode.teardown -> post-clean directories
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from shim.errors import TaskStopped, UserSafeError
@@ -17,7 +18,7 @@ from shim.settings import Settings
 from shim.stopping import Stop
 from shim.tasks import RuntimeSetupResult, runtime_setup_key
 from shim.users import resolve_user
-from shim.workspace import clean_directory, ensure_writable_directories
+from shim.workspace import clean_directory, closing_descriptor, ensure_writable_directories
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,8 +87,13 @@ class Runtime:
         try:
             user = resolve_user(self._settings.user)
             destination.mkdir(parents=True, exist_ok=True)
-            with self._store.open(source.bucket, source.key) as stream:
-                extract_tar(stream, destination, uid=user.uid, gid=user.gid)
+            with (
+                closing_descriptor(os.open(destination, os.O_RDONLY | os.O_DIRECTORY)) as directory,
+                self._store.open(source.bucket, source.key) as stream,
+            ):
+                extract_tar(
+                    stream, directory, user=user, warn=self._log.warning, check=self._stop.check
+                )
         except UserSafeError as error:
             self._log.error(f"Could not unpack the {name}: {error.__cause__ or error}")
             raise UserSafeError(f"Could not set up {name}: {error}") from error
