@@ -92,7 +92,7 @@ def test_sends_all_through_time_outs(serve: Serve, trusting: ssl.SSLContext) -> 
 
     ours, outcome = serve(read_late)
     stream = TlsStream(ours, trusting, "127.0.0.1")
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 10_000))
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 10_000))
     view = memoryview(DATA)
     while view:
         try:
@@ -127,11 +127,11 @@ def test_a_time_out_while_receiving_loses_nothing(serve: Serve, trusting: ssl.SS
     stream = TlsStream(ours, trusting, "127.0.0.1")
     buffer = memoryview(bytearray(100))
     assert b"first" == bytes(buffer[: stream.recv_into(buffer)])
-    stream.settimeout(0.01)
+    ours.settimeout(0.01)
     with pytest.raises(TimeoutError):
         stream.recv_into(buffer)
     timed_out.set()
-    stream.settimeout(10)
+    ours.settimeout(10)
     assert b"second" == receive_all(stream)
 
 

@@ -27,6 +27,7 @@ from shim.s3.errors import (
     ServiceError,
     TransportError,
 )
+from shim.s3.http1 import never
 from shim.s3.transfer import Download, Transfers, Upload
 from tests.fakes.s3_double import (
     Exchange,
@@ -543,7 +544,7 @@ def test_a_file_that_changes_between_sum_and_sending_is_not_stored(
     double: S3Double, source: Path, change: Callable[[Path], None]
 ) -> None:
     fd = os.open(source, os.O_RDONLY)
-    file = upload.File(fd, source.stat().st_size, "key")
+    file = upload.File(fd, source.stat().st_size, "key", never)
     body = upload.FileBody(file, start=0, size=PART, with_sha256=False)
     assert source.read_bytes()[:PART] == b"".join(map(bytes, body.blocks()))
     change(source)

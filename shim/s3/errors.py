@@ -116,3 +116,6 @@ class FileChanged(S3ClientError):
 
 class Cancelled(S3ClientError):
     """The caller asked to stop."""
+
+    def __str__(self) -> str:
+        return "The transfer was stopped"

@@ -1,6 +1,7 @@
 """HTTP/1.1 as S3 needs it, spoken over one connected socket.
 
-Rule 1: nothing blocks for ever: once a second the caller may cancel, and silence has a limit.
+Rule 1: before every receive and every send, and once a second, the caller may cancel; silence has
+        a limit, and so have the time and the length of what comes before and behind a body.
 Rule 2: a body's bytes are counted; one that ends early is an error, never a short result.
 Rule 3: an answer that comes before the request's body was sent is read and reported.
 Rule 4: what is doubtful is refused: contradicting lengths, folded fields, unknown codings.
@@ -12,11 +13,13 @@ all the rest of a small transfer.
 from __future__ import annotations
 
 import fcntl
+import math
 import select
 import socket
 import struct
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 from shim.s3.errors import Cancelled, StaleConnection, TransportError
@@ -40,7 +43,6 @@ CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
 TICK_SECONDS = 1
 HEAD_LIMIT_BYTES = 64 << 10
-HEADER_LIMIT = 100
 ONE_PACKET_BYTES = 256 << 10
 
 
@@ -104,8 +106,6 @@ def parse_head(data: bytes) -> tuple[int, str, dict[str, str], bool]:
     status, _, reason = rest.partition(" ")
     if not version.startswith("HTTP/1.") or len(status) != 3 or not status.isdecimal():
         raise TransportError(f"Not an HTTP/1.1 answer: {status_line[:100]!r}")
-    if len(lines) > HEADER_LIMIT:
-        raise TransportError("The answer has too many header fields")
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
@@ -120,32 +120,73 @@ def parse_head(data: bytes) -> tuple[int, str, dict[str, str], bool]:
     return int(status), reason, headers, version == "HTTP/1.1"
 
 
-class Connection:
-    """A socket, with what was received and not yet consumed."""
+class Wire:
+    """A connected socket that is never waited for longer than a stop or a time limit allows.
 
-    def __init__(self, sock: socket.socket | TlsStream, route: object) -> None:
-        """route: what another request must have in common to be sent here."""
-        self._sock, self.route = sock, route
-        self._tls = None if isinstance(sock, socket.socket) else sock
-        self._buffer = bytearray(HEAD_LIMIT_BYTES)
-        self._view = memoryview(self._buffer)
-        self._start = self._end = 0
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
-        self._set_tick()
-        self.is_used = False
-        self.cancelled: Callable[[], bool] = never
-        self.read_seconds = READ_SECONDS
+    No call blocks for more than a second: it raises BlockingIOError, and may be made again.
+    """
 
-    def _set_tick(self) -> None:
-        # A time-out kept by the kernel saves a poll() before every recv(), and allows MSG_WAITALL.
+    def __init__(self, sock: socket.socket, cancelled: Callable[[], bool] = never) -> None:
+        self._sock, self.cancelled = sock, cancelled
+        self.fileno, self.close, self.settimeout = sock.fileno, sock.close, sock.settimeout
+        self.stop_limiting()
+        self.set_tick()
+
+    def set_tick(self) -> None:
+        """Let the kernel keep the time: it saves a poll() a call, and allows MSG_WAITALL."""
         self._sock.settimeout(None)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", TICK_SECONDS, 0))
 
+    def limit(self, seconds: float, name: str) -> None:
+        """Allow what begins now so much time; name: of that, for messages."""
+        self._deadline, self._limit = time.monotonic() + seconds, f"{name} took over {seconds:g} s"
+
+    def stop_limiting(self) -> None:
+        """Allow any time again."""
+        self._deadline, self._limit = math.inf, ""
+
+    def check(self) -> None:
+        """Raise Cancelled after a stop, TransportError after the time limit."""
+        if self.cancelled():
+            raise Cancelled
+        if self._limit and time.monotonic() > self._deadline:
+            raise TransportError(self._limit)
+
+    def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
+        """Receive as a socket does."""
+        if self._limit or self.cancelled():
+            self.check()
+        return self._sock.recv_into(view, nbytes, flags)
+
+    def send(self, view: memoryview) -> int:
+        """Send as a socket does."""
+        if self._limit or self.cancelled():
+            self.check()
+        return self._sock.send(view)
+
+
+class Connection:
+    """A wire, with what was received and not yet consumed."""
+
+    def __init__(
+        self, sock: socket.socket | Wire, route: object, tls: TlsStream | None = None
+    ) -> None:
+        """route: what another request must have in common to be sent here; tls: over the wire."""
+        self._wire = Wire(sock) if isinstance(sock, socket.socket) else sock
+        self._tls, self.route = tls, route
+        self._stream = tls or self._wire
+        self._buffer = bytearray(HEAD_LIMIT_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._poll = select.poll()
+        self._poll.register(self._wire, select.POLLIN)
+        self.is_used = False
+        self.read_seconds = READ_SECONDS
+
     def close(self) -> None:
         """Give up the socket."""
-        self._sock.close()
+        self._wire.close()
 
     def is_idle(self) -> bool:
         """Tell whether nothing came since the last exchange, not even the end of the stream."""
@@ -156,15 +197,17 @@ class Connection:
 
     def unread_bytes(self) -> int:
         """Return how much has arrived and waits in the kernel, as it came over the wire."""
-        count = fcntl.ioctl(self._sock.fileno(), termios.FIONREAD, bytes(4))
+        count = fcntl.ioctl(self._wire.fileno(), termios.FIONREAD, bytes(4))
         return int.from_bytes(count, sys.byteorder)
 
     def exchange(self, request: Request, head: bytes) -> Response:
         """Send a request and read the head of its answer."""
-        self.cancelled, self.read_seconds = request.cancelled, request.read_seconds
+        self._wire.cancelled, self.read_seconds = request.cancelled, request.read_seconds
         is_sent = self._send_request(head, request.data)
+        self._wire.limit(self.read_seconds, "The head of the answer")
         while (answer := self._read_head()).startswith(b"HTTP/1.1 1"):
             pass  # interim
+        self._wire.stop_limiting()
         self.is_used = True
         response = Response(self, method=request.method, head=answer, is_sent=is_sent)
         if not is_sent and response.status < 300:
@@ -190,8 +233,8 @@ class Connection:
         view, silent_seconds = memoryview(data), 0.0
         while view:
             try:
-                sent = self._sock.send(view)
-            except (BlockingIOError, TimeoutError):
+                sent = self._stream.send(view)
+            except BlockingIOError:
                 if self._has_answer():
                     return False
                 silent_seconds = self._tick(silent_seconds)
@@ -206,18 +249,16 @@ class Connection:
             return False
         if self._tls is None:
             return True
-        self._sock.settimeout(0)
+        self._wire.settimeout(0)
         try:  # it may be a session ticket only, and no data
-            self._end += self._sock.recv_into(self._view[self._end :])
+            self._end += self._tls.recv_into(self._view[self._end :])
         except OSError:
             return False
         finally:
-            self._set_tick()
+            self._wire.set_tick()
         return True
 
     def _tick(self, silent_seconds: float) -> float:
-        if self.cancelled():
-            raise Cancelled("The transfer was stopped")
         if silent_seconds + TICK_SECONDS >= self.read_seconds:
             raise TransportError(f"The server was silent for {self.read_seconds:g} s")
         return silent_seconds + TICK_SECONDS
@@ -226,8 +267,8 @@ class Connection:
         silent_seconds = 0.0
         while True:
             try:
-                return self._sock.recv_into(view, 0, flags)
-            except (BlockingIOError, TimeoutError):
+                return self._stream.recv_into(view, 0, flags)
+            except BlockingIOError:
                 silent_seconds = self._tick(silent_seconds)
             except OSError:
                 return 0
@@ -272,6 +313,22 @@ class Connection:
             line += piece
         return line[:-2]
 
+    def read_chunk_length(self) -> int:
+        """Read the length of the next chunk, and behind the last one the trailer fields."""
+        self._wire.limit(self.read_seconds, "The end of a chunk")
+        size = self.readline().partition(b";")[0].strip()
+        try:
+            length = int(size.decode("ascii"), 16)
+        except ValueError as error:
+            raise TransportError("The answer's chunked coding is malformed") from error
+        room = HEAD_LIMIT_BYTES
+        while length == 0 and (line := self.readline()):
+            room -= len(line)
+            if room < 0:
+                raise TransportError("The answer's trailer fields are too long")
+        self._wire.stop_limiting()
+        return length
+
 
 class Response:
     """An answer; its body is read from the connection."""
@@ -294,7 +351,7 @@ class Response:
         elif coding is not None:
             if coding.lower() != "chunked" or length is not None:
                 raise TransportError("The answer has an unknown or doubtful transfer coding")
-            self.is_chunked, self._remaining = True, self._next_chunk()
+            self.is_chunked, self._remaining = True, connection.read_chunk_length()
         elif length is not None:
             if not (length.isascii() and length.isdecimal()):
                 raise TransportError(f"The answer has a malformed length: {length[:40]!r}")
@@ -309,17 +366,6 @@ class Response:
     def can_keep(self) -> bool:
         """Whether the connection may serve another exchange."""
         return self._may_keep and self._remaining == 0
-
-    def _next_chunk(self) -> int:
-        """Read a chunk's length, and behind the last chunk the trailer fields."""
-        size = self.connection.readline().partition(b";")[0].strip()
-        try:
-            length = int(size.decode("ascii"), 16)
-        except ValueError as error:
-            raise TransportError("The answer's chunked coding is malformed") from error
-        while length == 0 and self.connection.readline():
-            pass
-        return length
 
     def receive(self, limit: int = 1 << 62, into: memoryview | None = None) -> memoryview:
         """Return at most limit of the next bytes, valid until the next call; empty at the end.
@@ -338,7 +384,7 @@ class Response:
             piece = memoryview(bytes(piece))  # the next line is read into the same buffer
             if self.connection.readline():
                 raise TransportError("The answer's chunked coding is malformed")
-            self._remaining = self._next_chunk()
+            self._remaining = self.connection.read_chunk_length()
         return piece
 
     def read(self, limit_bytes: int) -> bytes:

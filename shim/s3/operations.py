@@ -292,7 +292,7 @@ class Service:
             self._pause(0.02, cancelled)
         if cancelled():
             self._pace.leave(is_success=False)
-            raise Cancelled("The transfer was stopped")
+            raise Cancelled
 
     def _mend(self, kind: Kind, error: S3ClientError, credentials: Credentials) -> bool:
         """Do what another attempt needs; false when it would end like this one."""
@@ -331,7 +331,7 @@ class Service:
     def _pause(self, seconds: float, cancelled: Callable[[], bool]) -> None:
         while seconds > 0:
             if cancelled():
-                raise Cancelled("The transfer was stopped")
+                raise Cancelled
             self._sleep(min(seconds, SLICE_SECONDS))
             seconds -= SLICE_SECONDS
 

@@ -13,19 +13,24 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
+    from shim.s3.http1 import Wire
+
 RECEIVED_BYTES = 1 << 20
 SENT_BYTES = 256 << 10
 RECORD_BYTES = 17 << 10  # with header, tag and padding
 
 
 class TlsStream:
-    """The methods of a socket that a connection needs, with their time-outs and errors.
+    """The methods of a socket that a connection needs, with its errors.
 
-    A time-out loses nothing: the same call goes on where it was.
+    A BlockingIOError loses nothing: the same call goes on where it was.
     """
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str) -> None:
-        """Shake hands. Raises OSError, ssl.SSLCertVerificationError among them."""
+    def __init__(self, sock: socket.socket | Wire, context: ssl.SSLContext, host: str) -> None:
+        """Shake hands; that takes as long as sock allows.
+
+        Raises OSError, ssl.SSLCertVerificationError among them.
+        """
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
@@ -34,20 +39,18 @@ class TlsStream:
         self._scratch = memoryview(bytearray(RECORD_BYTES))
         self._unsent = memoryview(b"")
         self._accepted = 0  # bytes of a send() that are encrypted and not all sent
-        self.fileno, self.close = sock.fileno, sock.close
-        self.settimeout, self.setsockopt = sock.settimeout, sock.setsockopt
         self._shake_hands()
 
     def _shake_hands(self) -> None:
         try:
             while True:
-                try:
+                with suppress(ssl.SSLWantReadError):
                     self._tls.do_handshake()
                     return
-                except ssl.SSLWantReadError:
+                with suppress(BlockingIOError):  # sock says when it has been enough
                     self._flush()
                     if not self._receive(self._scratch):
-                        raise ssl.SSLEOFError("the server closed the connection") from None
+                        raise ssl.SSLEOFError("the server closed the connection")
         finally:
             with suppress(OSError):  # the server is told why not, if it listens
                 self._flush()

@@ -77,7 +77,7 @@ class Transfers:
 
         def step() -> bool:
             if crew.cancelled():
-                raise Cancelled("The transfer was stopped")
+                raise Cancelled
             with lock:
                 item = next(iterator, None)
             if item is not None:

@@ -7,7 +7,9 @@ Rule 3: proxies come from the mapping that is handed in, and never apply to near
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import socket
 import threading
 import time
@@ -16,8 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from shim.s3.errors import CertificateError, StaleConnection, TransportError
-from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response
+from shim.s3.errors import Cancelled, CertificateError, StaleConnection, TransportError
+from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response, Wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and changes them
 KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
 FETCH_LIMIT_BYTES = 1 << 20
+SLICE_SECONDS = 0.25
 
 # Where distributions keep their bundle; the first that exists is read.
 IMAGE_BUNDLES = (
@@ -139,6 +142,57 @@ def _look_up(host: str, port: int) -> list[Any]:
         if host != "localhost":
             raise
         return socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+
+
+def _look_up_in_time(
+    host: str, port: int, deadline: float, cancelled: Callable[[], bool]
+) -> list[Any]:
+    """Return the addresses; another thread asks, for nothing ends the question once it is put."""
+    if ":" in host or host.replace(".", "").isdecimal():
+        return _look_up(host, port)
+    found: list[Any] = []
+    failures: list[OSError] = []
+
+    def ask() -> None:
+        try:
+            found.extend(_look_up(host, port))
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, name="look-up", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the system gives no more threads
+        ask()
+    while thread.is_alive():
+        _check(deadline, cancelled)
+        thread.join(SLICE_SECONDS)
+    if failures:
+        raise failures[0]
+    return found
+
+
+def _connect_in_time(
+    sock: socket.socket, address: Any, seconds: float, cancelled: Callable[[], bool]
+) -> None:
+    """Connect, unless the time is over or the caller cancels before."""
+    deadline, poll = time.monotonic() + seconds, select.poll()
+    sock.setblocking(False)
+    error = sock.connect_ex(address)
+    poll.register(sock, select.POLLOUT)
+    while error == errno.EINPROGRESS:
+        _check(deadline, cancelled)
+        if poll.poll(SLICE_SECONDS * 1000):
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+def _check(deadline: float, cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise Cancelled
+    if time.monotonic() > deadline:
+        raise TimeoutError("timed out")
 
 
 def _is_near(host: str) -> bool:
@@ -276,27 +330,29 @@ class Transport:
         deadline = time.monotonic() + request.connect_seconds
         where = f"proxy {proxy.host}:{proxy.port}" if proxy else f"URL: {request.full_url}"
         try:
-            sock = self._dial(proxy or request, deadline)
+            sock = self._dial(proxy or request, deadline, request.cancelled)
         except OSError as error:
             reason = error.strerror or error
             raise TransportError(f"Could not connect to the endpoint {where} ({reason})") from error
         try:
+            wire = Wire(sock, request.cancelled)
             if request.type == "http":
-                return Connection(sock, request.route)
+                return Connection(wire, request.route)
             if proxy:
                 _open_tunnel(sock, request, proxy)
-            sock.settimeout(max(0.1, deadline - time.monotonic()))
-            return Connection(self._secure(sock, request.host), request.route)
+            return Connection(wire, request.route, self._secure(wire, request))
         except BaseException:
             sock.close()
             raise
 
-    def _dial(self, target: Request | Proxy, deadline: float) -> socket.socket:
+    def _dial(
+        self, target: Request | Proxy, deadline: float, cancelled: Callable[[], bool]
+    ) -> socket.socket:
         """Connect to one of the addresses: each new connection starts with the next one."""
         key = (target.host, target.port)
         expires, addresses = self._addresses.get(key, (0.0, []))
         if time.monotonic() > expires:
-            addresses = _look_up(*key)
+            addresses = _look_up_in_time(*key, deadline, cancelled)
             expires = time.monotonic() + RESOLVED_SECONDS
         preferred = [address for address in addresses if address[0] == addresses[0][0]]
         others = addresses[len(preferred) :]
@@ -307,8 +363,7 @@ class Transport:
             sock = socket.socket(family, kind, protocol)
             try:
                 share = (deadline - time.monotonic()) / (len(addresses) - index)
-                sock.settimeout(max(0.5, share))
-                sock.connect(address)
+                _connect_in_time(sock, address, max(0.5, share), cancelled)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
@@ -316,15 +371,20 @@ class Transport:
             except OSError as error:
                 sock.close()
                 failure = error
+            except Cancelled:
+                sock.close()
+                raise
         raise failure
 
-    def _secure(self, sock: socket.socket, host: str) -> TlsStream:
+    def _secure(self, wire: Wire, request: Request) -> TlsStream:
         import ssl
 
         from shim.s3.tls import TlsStream  # noqa: F811
 
+        host = request.host
+        wire.limit(request.connect_seconds, f"TLS with {host}")
         try:
-            return TlsStream(sock, self.trust.context(), host)
+            stream = TlsStream(wire, self.trust.context(), host)
         except ssl.SSLCertVerificationError as error:
             raise CertificateError(
                 f"The certificate of {host} is not trusted: {error.verify_message} "
@@ -332,6 +392,8 @@ class Transport:
             ) from error
         except OSError as error:
             raise TransportError(f"TLS with {host} failed: {error}") from error
+        wire.stop_limiting()
+        return stream
 
 
 def _via_proxy(head: bytes, prefix: str, proxy: Proxy) -> bytes:

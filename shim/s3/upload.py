@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,8 +23,8 @@ from functools import partial
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import encode_crc32
 from shim.s3.crew import MOST_HELPERS, Crew
-from shim.s3.errors import FileChanged, S3ClientError, ServiceError
-from shim.s3.http1 import Response, never
+from shim.s3.errors import Cancelled, FileChanged, S3ClientError, ServiceError
+from shim.s3.http1 import Response
 from shim.s3.operations import ERROR_LIMIT_BYTES, Operation, Service, error_of, read_headers
 from shim.s3.xml import Element, build_complete, parse
 
@@ -53,9 +54,9 @@ def part_bytes(size: int) -> int:
 class File:
     """An open file that must not change any more."""
 
-    def __init__(self, fd: int, size: int, key: str) -> None:
-        """key: of the object that it becomes, for messages."""
-        self.fd, self.size, self.key = fd, size, key
+    def __init__(self, fd: int, size: int, key: str, cancelled: Callable[[], bool]) -> None:
+        """key: of the object that it becomes, for messages; cancelled: asked before each read."""
+        self.fd, self.size, self.key, self.cancelled = fd, size, key, cancelled
         self._modified = os.fstat(fd).st_mtime_ns
 
     def check(self) -> None:
@@ -92,6 +93,8 @@ class FileBody:
         position, end = self._start, self._start + self.size
         with borrow_buffer() as buffer:
             while position < end:
+                if self._file.cancelled():
+                    raise Cancelled
                 read = os.preadv(self._file.fd, [buffer[: end - position]], position)
                 if not read:
                     raise FileChanged(self._file.key)
@@ -137,7 +140,7 @@ class _Put:
 def upload(service: Service, bucket: str, key: str, fd: int, size: int, crew: Crew) -> None:
     """Store a file of that size."""
     operation = partial(Operation, bucket=bucket, key=key)
-    put = partial(_Put, file=File(fd, size, key), with_sha256=service.is_plain(bucket))
+    put = partial(_Put, file=File(fd, size, key, crew.cancelled), with_sha256=service.is_plain(bucket))
     if size > SINGLE_BYTES:
         _Multipart(service, operation, put, size, crew).store()
     else:
@@ -240,7 +243,9 @@ class _Multipart:
             name="AbortMultipartUpload",
             method="DELETE",
             query=(("uploadId", self._upload_id),),
-            read_seconds=ABORT_SECONDS,
         )
+        end = time.monotonic() + ABORT_SECONDS
         with suppress(S3ClientError):  # the error that led here is the one to report
-            self._service.call(operation, read_headers, cancelled=never, attempts=2)
+            self._service.call(
+                operation, read_headers, cancelled=lambda: time.monotonic() > end, attempts=2
+            )
