@@ -9,6 +9,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,10 @@ from tests.fakes.s3_double import (
     S3Double,
     answer_with,
     drop,
+    ignore,
     lose_answer,
     refuse,
+    send_chunked,
     truncate,
     work,
 )
@@ -200,6 +203,9 @@ def test_a_checksum_of_checksums_is_left_alone(
     body = store(double, 5 * PART, parts=3)
     assert double.buckets["bucket"]["key"].crc32.endswith("-3")
     assert body == harness.download(tmp_path / "file")
+    double.always = with_headers(x_amz_checksum_type="COMPOSITE", x_amz_checksum_crc32="AAAAAQ==")
+    assert body == harness.download(tmp_path / "file")
+    assert body == harness.client.get("bucket", "key", max_bytes=5 * PART)
 
 
 def test_bodies_that_break_off_resume_at_the_byte_reached(double: S3Double, tmp_path: Path) -> None:
@@ -237,17 +243,6 @@ def change_after(double: S3Double, body: bytes) -> Fault:
         double.buckets["bucket"]["key"] = Object(body=body)
         exchange._object = lambda: old  # type: ignore[method-assign]
         truncate(60_000)(exchange)
-
-    return fault
-
-
-def ignore(name: str) -> Fault:
-    """Answer as if a header field had not been sent."""
-
-    def fault(exchange: Exchange) -> None:
-        exchange._verify(exchange.body())
-        exchange.fields.pop(name)
-        exchange._GetObject(b"")
 
     return fault
 
@@ -298,22 +293,131 @@ def test_an_answer_with_another_range_is_never_written(
 ) -> None:
     body = store(double, PART)
     double.faults = [truncate(50_000), with_headers(Content_Range=content_range)]
-    if content_range.startswith("bytes"):
-        assert body == harness.download(tmp_path / "file")
-        assert 3 == len(double.seen)
-        return
-    with pytest.raises(S3ClientError, match="ignores ranges"):
-        harness.download(tmp_path / "file")
+    assert body == harness.download(tmp_path / "file")
+    assert 3 == len(double.seen)
+
+
+@pytest.mark.parametrize("size", [PART, 30 * PART])
+@pytest.mark.parametrize("concurrency", [1, 6])
+def test_a_server_that_ignores_ranges_is_read_once_more_after_a_break(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int, concurrency: int
+) -> None:
+    body = store(double, size)
+    double.faults = [truncate(size // 2)]
+    double.always = ignore("range")
+    assert body == harness.download(tmp_path / "file", concurrency=concurrency)
 
 
 def test_a_server_that_ignores_ranges_cannot_mix_an_object(
     double: S3Double, harness: Harness, tmp_path: Path
 ) -> None:
     store(double, PART)
-    double.faults = [truncate(50_000), ignore("range")]
-    with pytest.raises(S3ClientError, match="ignores ranges"):
+    double.faults = [change_after(double, b"b" * PART)]
+    double.always = ignore("range", "if-match")
+    assert b"b" * PART == harness.download(tmp_path / "file")
+    store(double, PART)
+    double.faults = [change_after(double, b"short")]
+    assert b"short" == harness.download(tmp_path / "file")
+
+
+def test_a_server_that_ignores_ranges_has_its_one_stream_kept(
+    double: S3Double, harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "FIRST_HELPERS", 1)
+    body = store(double, 30 * PART)
+    refused = threading.Event()
+
+    def answer_when_the_others_were_refused(exchange: Exchange) -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
+        exchange.wfile.write(head.encode() + body[: PART + 1])
+        refused.wait(10)
+        exchange.wfile.write(body[PART + 1 :])
+
+    def ignore_range(exchange: Exchange) -> None:
+        with suppress(OSError):  # who asked for a part hangs up
+            ignore("range")(exchange)
+            exchange.rfile.read(1)
+        refused.set()
+
+    double.faults = [answer_when_the_others_were_refused]
+    double.always = ignore_range
+    assert body == harness.download(tmp_path / "file")
+    assert "range" not in double.seen[0].headers
+    assert ["range" in seen.headers for seen in double.seen] == [False, True]
+
+
+def test_a_server_that_tells_too_late_that_it_ignores_ranges_is_read_once_more(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, 30 * PART)
+    is_through = threading.Event()
+
+    def answer_first(exchange: Exchange) -> None:
+        with suppress(OSError):  # the parts of others are not read
+            exchange.answer()
+        is_through.set()
+
+    def answer_last(exchange: Exchange) -> None:
+        if "range" in exchange.fields:
+            is_through.wait(10)
+        with suppress(OSError):
+            ignore("range")(exchange)
+
+    double.faults = [answer_first]
+    double.always = answer_last
+    assert body == harness.download(tmp_path / "file")
+    assert "range" not in double.seen[-1].headers
+
+
+@pytest.mark.parametrize("size", [0, 1, PART, 30 * PART])
+def test_an_object_whose_length_only_its_end_tells_arrives_whole(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int
+) -> None:
+    body = store(double, size)
+    double.always = send_chunked()
+    assert body == harness.download(tmp_path / "file")
+    assert body == harness.client.get("bucket", "key", max_bytes=size)
+    with harness.client.open("bucket", "key") as stream:
+        assert body == stream.read()
+    assert 3 == len(double.seen)
+
+
+def test_an_object_without_a_length_that_breaks_off_is_read_once_more(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, 5 * PART)
+    double.faults = [send_chunked(after=PART), send_chunked(after=PART // 2), send_chunked()]
+    assert body == harness.download(tmp_path / "file")
+    double.faults = [send_chunked(after=PART), send_chunked(after=PART // 2), send_chunked()]
+    with harness.client.open("bucket", "key") as stream:
+        assert body == stream.read()
+    assert 6 == len(double.seen)
+
+
+@pytest.mark.parametrize("damage", [lambda body: body[:-1], lambda body: b"x" + body[1:]])
+def test_an_object_without_a_length_is_verified(
+    double: S3Double, harness: Harness, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    store(double, PART)
+
+    def answer(exchange: Exchange) -> None:
+        found = double.buckets["bucket"]["key"]
+        damaged = Object(body=damage(found.body))
+        exchange._object = lambda: damaged  # type: ignore[method-assign]
+        exchange._describe = lambda _: {  # type: ignore[method-assign, assignment]
+            "x-amz-checksum-crc32": found.crc32
+        }
+        exchange.fields.pop("x-amz-checksum-mode")
+        exchange._verify = lambda _: None  # type: ignore[method-assign, assignment]
+        send_chunked()(exchange)
+
+    double.always = answer
+    with pytest.raises(IntegrityError):
         harness.download(tmp_path / "file")
-    assert [] == os.listdir(tmp_path)
+    with pytest.raises(IntegrityError):
+        harness.client.get("bucket", "key", max_bytes=PART)
+    with pytest.raises(IntegrityError), harness.client.open("bucket", "key") as stream:
+        stream.read()
 
 
 def test_status_200_with_a_content_range_is_a_range(
@@ -324,16 +428,21 @@ def test_status_200_with_a_content_range_is_a_range(
     assert body == harness.download(tmp_path / "file")
 
 
-def test_an_answer_without_a_length_is_refused(
+def test_an_answer_that_ends_with_its_connection_is_refused(
     double: S3Double, harness: Harness, tmp_path: Path
 ) -> None:
     def send_until_closed(exchange: Exchange) -> None:
         exchange.wfile.write(b"HTTP/1.1 200 OK\r\n\r\nhalf of")
         exchange.drop()
 
-    double.faults = [send_until_closed] * 5
-    with pytest.raises(TransportError, match="does not tell the object's length"):
-        harness.download(tmp_path / "file")
+    double.always = send_until_closed
+    for read in (
+        lambda: harness.download(tmp_path / "file"),
+        lambda: harness.client.get("bucket", "key", max_bytes=100),
+        lambda: harness.client.open("bucket", "key"),
+    ):
+        with pytest.raises(TransportError, match="does not tell the object's length"):
+            read()
 
 
 def test_a_failed_download_leaves_nothing_and_touches_nothing(

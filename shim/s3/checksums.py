@@ -24,6 +24,12 @@ class ChecksumPolicy:
     request_checksum: bool = True
     response_checksum: bool = True
 
+    def allows(self, name: str) -> bool:
+        """Tell whether a request may have this header field."""
+        if name == "x-amz-checksum-mode":
+            return self.response_checksum
+        return self.request_checksum or not name.startswith("x-amz-checksum-")
+
 
 def checksum_policy(environ: Mapping[str, str], profile: Mapping[str, str]) -> ChecksumPolicy:
     """Read the environment, then the profile's settings. Raises SettingInvalid."""
@@ -82,13 +88,15 @@ def combine_crc32(parts: Iterable[tuple[int, int]]) -> int:
 class Checksum:
     """The digest of a whole object that is read in order, against what its answer announced.
 
-    Values with "-" are checksums of checksums of parts; they cannot be computed from the bytes.
+    Values with "-", and those of type COMPOSITE, are checksums of checksums of parts; they cannot
+    be computed from the bytes.
     CRC32C and CRC64NVME are left alone: the standard library has neither.
     """
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         self.algorithm = self.expected = ""
-        for algorithm in ("crc32", "sha256", "sha1"):
+        is_composite = headers.get("x-amz-checksum-type", "").upper() == "COMPOSITE"
+        for algorithm in () if is_composite else ("crc32", "sha256", "sha1"):
             value = headers.get(f"x-amz-checksum-{algorithm}", "")
             if value and "-" not in value:
                 self.algorithm, self.expected = algorithm, value

@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from shim.s3.checksums import Checksum, encode_crc32
+from shim.s3.checksums import checksum_policy, encode_crc32
 from shim.s3.credentials import credential_provider
 from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
 from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.errors import EndpointUnresolved, S3ClientError
+from shim.s3.errors import EndpointUnresolved, S3ClientError, TransportError
 from shim.s3.http1 import Response, never
 from shim.s3.operations import Operation, Service, read_headers
 from shim.s3.profiles import read_profile
@@ -51,10 +51,12 @@ class S3Client:
         uri = f"s3://{bucket}/{key}"
 
         def consume(response: Response) -> bytes:
+            if not response.tells_its_end:
+                raise TransportError("The answer does not tell the object's length")
             if (response.remaining or 0) > max_bytes:
                 raise S3ClientError(f"{uri} is longer than {max_bytes} bytes")
             body = response.read(max_bytes)
-            checksum = Checksum(response.headers)
+            checksum = self._service.checksum(response.headers)
             checksum.update(body)
             checksum.verify(uri)
             return body
@@ -218,6 +220,7 @@ def connect(
             credentials=credentials,
             transport=transport,
             attempts=configured_attempts(environ, profile.settings),
+            checksums=checksum_policy(environ, profile.settings),
             concurrency=concurrency,
             log=log,
             cancelled=cancelled,

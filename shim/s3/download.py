@@ -6,25 +6,25 @@ parts from the end until they meet. No HEAD is needed, and a small object costs 
     | stream -> | -> | -> |   nobody's yet   | <- part | <-   part   | <-    part    |
 
 Rule 1: every answer's range, total and ETag are checked; some servers ignore Range or If-Match.
-Rule 2: a body that breaks off is resumed at the byte reached.
+Rule 2: a body that breaks off is resumed at the byte reached; where the server ignores Range, or
+        does not tell the length, the same version is read from its start, up to that byte in vain.
 Rule 3: a file gets its name only when it is complete and its checksum was compared.
 Rule 4: an object that changes under way, or arrives damaged, is fetched once more from the start.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
 import threading
 import zlib
-from binascii import b2a_base64
 
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import Checksum, combine_crc32, encode_crc32
 from shim.s3.crew import MOST_HELPERS, Crew, Work
 from shim.s3.errors import (
+    Cancelled,
     IntegrityError,
     ObjectChanged,
     S3ClientError,
@@ -45,14 +45,19 @@ SMALLEST_PART_BYTES = 8 << 20
 LARGEST_PART_BYTES = 64 << 20
 MOST_PARTS = 32  # that what is left would be divided into: a request each, and a short end
 FIRST_HELPERS = max(1, min(7, len(os.sched_getaffinity(0)) - 1))
+UNKNOWN_BYTES = 1 << 62  # the size of an object whose end only its body tells
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class _Version:
-    """The object as the first answer described it; later ones must agree."""
+    """The object as the first answer described it; later ones must agree.
+
+    size: None until an answer tells it, or the end of one that does not.
+    """
 
     def __init__(self, bucket: str, key: str) -> None:
         self.bucket, self.key, self.uri = bucket, key, f"s3://{bucket}/{key}"
+        self.is_known, self.has_ranges = False, True
         self.size: int | None = None
         self.etag = ""
         self.headers: Mapping[str, str] = {}
@@ -60,39 +65,64 @@ class _Version:
 
     def operation(self, start: int, stop: int) -> Operation:
         """Ask for everything, or when the size is known for [start, stop)."""
-        if self.size is None:
-            headers = {"x-amz-checksum-mode": "ENABLED"}
-        else:
-            headers = {"range": f"bytes={start}-{stop - 1}"}
-            if self.etag and not self.etag.startswith("W/"):
-                headers["if-match"] = self.etag
+        headers = {} if self.is_known else {"x-amz-checksum-mode": "ENABLED"}
+        if self.size is not None and self.has_ranges:
+            headers["range"] = f"bytes={start}-{stop - 1}"
+        if self.etag and not self.etag.startswith("W/"):
+            headers["if-match"] = self.etag
         return Operation(
             name="GetObject", method="GET", bucket=self.bucket, key=self.key, headers=headers
         )
 
     def check(self, response: Response, start: int, stop: int) -> int:
-        """Check an answer to operation(); return the object's size."""
-        if self.size is None:
-            if response.status != 200 or "content-range" in response.headers:
-                raise TransportError(
-                    "The answer is a part of the object, and all of it was asked for"
-                )
-            if response.remaining is None:
-                raise TransportError("The answer does not tell the object's length")
-            self.size, self.headers = response.remaining, response.headers
-            self.etag = response.headers.get("etag", "")
-            self.has_crc32 = Checksum(self.headers).algorithm == "crc32"
-            return self.size
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+        """Check an answer to operation(); return where it begins: at start, or at 0."""
+        content_range = response.headers.get("content-range", "")
+        is_whole = response.status == 200 and not content_range
+        if not response.tells_its_end:
+            raise TransportError("The answer does not tell the object's length")
+        if not self.is_known and not is_whole:
+            raise TransportError("The answer is a part of the object, and all of it was asked for")
+        if is_whole:
+            self._check_whole(response)
+            return 0
+        match = _CONTENT_RANGE.fullmatch(content_range)
         if not match:
-            raise S3ClientError(f"The server ignores ranges ({self.uri})")
+            raise TransportError("The answer does not tell which bytes it holds")
         first, last, size = map(int, match.groups())
-        etags = {_opaque(self.etag), _opaque(response.headers.get("etag", ""))} - {""}
-        if size != self.size or len(etags) > 1:
-            raise self.changed()
+        self._check_version(response, size)
         if (first, last, response.remaining) != (start, stop - 1, stop - start):
             raise TransportError(f"The answer holds bytes {first}-{last}, not {start}-{stop - 1}")
-        return size
+        return start
+
+    def _check_whole(self, response: Response) -> None:
+        if self.is_known:
+            self.has_ranges = False
+            self._check_version(response, response.remaining)
+            return
+        self.is_known = True
+        self.size, self.headers = response.remaining, response.headers
+        self.etag = response.headers.get("etag", "")
+        self.has_crc32 = Checksum(self.headers).algorithm == "crc32"
+
+    def _check_version(self, response: Response, size: int | None) -> None:
+        etags = {_opaque(self.etag), _opaque(response.headers.get("etag", ""))} - {""}
+        if len({size, self.size} - {None}) > 1 or len(etags) > 1:
+            raise self.changed()
+
+    def skip(self, receive: Callable[[int], memoryview], count: int) -> None:
+        """Receive bytes that are there already."""
+        while count:
+            piece = receive(count)
+            if not piece:
+                raise self.changed()
+            count -= len(piece)
+
+    def end(self, position: int) -> int:
+        """Note that an answer ended at this byte; return the size."""
+        if self.size not in (None, position):
+            raise TransportError("The answer ended before the object did")
+        self.size = position
+        return position
 
     def changed(self) -> ObjectChanged:
         """Say that another version took its place."""
@@ -103,8 +133,14 @@ def _opaque(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
+class _RangesIgnored(S3ClientError):
+    """A part was asked for, and the whole object came."""
+
+
 class _Range:
     """Bytes of an object on their way to their place in a file."""
+
+    takes_whole = False  # and leaves aside what comes before position
 
     def __init__(
         self, version: _Version, fd: int, start: int, stop: int, call_for_help: Callable[[], None]
@@ -117,14 +153,20 @@ class _Range:
         return self.version.operation(self.position, self.stop)
 
     def consume(self, response: Response) -> None:
-        self.version.check(response, self.position, self.stop)
+        first = self.version.check(response, self.position, self.stop)
+        if first < self.position and not self.takes_whole:
+            raise _RangesIgnored
         with borrow_buffer() as buffer:
-            self.write(Pace(response, buffer, self._call_for_help).receive)
+            receive = Pace(response, buffer, self._call_for_help).receive
+            self.version.skip(receive, self.position - first)
+            self.write(receive)
 
     def write(self, receive: Callable[[int], memoryview]) -> None:
         """Take what is missing up to stop from an answer that begins at position."""
         while self.position < self.stop:
             piece = receive(self.stop - self.position)
+            if not piece:
+                self.stop = self.version.end(self.position)
             if self.version.has_crc32:
                 self.crc = zlib.crc32(piece, self.crc)
             while piece:
@@ -136,11 +178,14 @@ class _Range:
 class _Whole(_Range):
     """The range that begins at 0 and ends where the other threads have begun."""
 
+    takes_whole = True
+
     def __init__(self, service: Service, version: _Version, fd: int, crew: Crew) -> None:
         super().__init__(version, fd, 0, 0, self._widen)
         self._service, self._crew = service, crew
         self._first = self._end = 0  # of the bytes that nobody has taken
         self._parts: list[_Range] = []
+        self._returned: list[_Range] = []
         self._lock = threading.Lock()
         self._work: Work | None = None
 
@@ -153,24 +198,29 @@ class _Whole(_Range):
         finally:
             if self._work:
                 self._crew.abandon(self._work)
+        if self._returned:
+            self._fetch_returned()
         self._verify()
 
     def operation(self) -> Operation:
         return self.version.operation(self.position, self.version.size or 0)
 
     def consume(self, response: Response) -> None:
-        is_first = self.version.size is None
-        size = self.version.check(response, self.position, self.version.size or 0)
-        if is_first and size <= 2 * SMALLEST_PART_BYTES:
+        is_first = not self.version.is_known
+        first = self.version.check(response, self.position, self.version.size or 0)
+        size = UNKNOWN_BYTES if self.version.size is None else self.version.size
+        if is_first and (size <= 2 * SMALLEST_PART_BYTES or size == UNKNOWN_BYTES):
             self.stop = size
         elif is_first:
             self._end = size
             self._work = self._crew.offer(self._fetch_last, most=FIRST_HELPERS)
-        if size - self.position <= 2 * HEAD_LIMIT_BYTES:
+        if size - first <= 2 * HEAD_LIMIT_BYTES:
+            self.version.skip(response.receive, self.position - first)
             self.write(response.receive)
             return
         with borrow_buffer() as buffer:
             receive = Pace(response, buffer, self._call_for_help).receive
+            self.version.skip(receive, self.position - first)
             self.write(receive)
             while self._take_first():
                 self.write(receive)
@@ -181,6 +231,10 @@ class _Whole(_Range):
 
     def _take_first(self) -> bool:
         with self._lock:
+            for part in sorted(self._returned, key=lambda part: part.start):
+                if part.start == self._end:
+                    self._end = part.stop
+                    self._returned.remove(part)
             if self._first == self._end:
                 return False
             self.stop = self._first = min(self._first + SMALLEST_PART_BYTES, self._end)
@@ -188,26 +242,45 @@ class _Whole(_Range):
 
     def _fetch_last(self) -> bool:
         with self._lock:
-            if self._first == self._end:
+            if self._first == self._end or not self.version.has_ranges:
                 return False
             left, stop = self._end - self._first, self._end
             length = min(max(SMALLEST_PART_BYTES, left // MOST_PARTS), LARGEST_PART_BYTES)
             self._end = max(stop - length, self._first)
             part = _Range(self.version, self._fd, self._end, stop, self._widen)
             self._parts.append(part)
-        self._service.perform(part, cancelled=self._crew.cancelled)
+        try:
+            self._service.perform(part, cancelled=self._crew.cancelled)
+        except _RangesIgnored:
+            with self._lock:
+                self._parts.remove(part)
+                self._returned.append(part)
         return True
 
+    def _fetch_returned(self) -> None:
+        """Fetch what no other thread could, and what came too late for the one that has all."""
+        start = min(part.start for part in self._returned)
+        stop = max(part.stop for part in self._returned)
+        rest = _Range(self.version, self._fd, start, stop, self._widen)
+        rest.takes_whole = True
+        self._parts = [part for part in self._parts if not start <= part.start < stop] + [rest]
+        self._service.perform(rest, cancelled=self._crew.cancelled)
+
     def _verify(self) -> None:
-        checksum = Checksum(self.version.headers)
+        checksum = self._service.checksum(self.version.headers)
         if checksum.algorithm == "crc32":
             parts = sorted(self._parts, key=lambda part: part.start)
             crc = combine_crc32((part.crc, part.stop - part.start) for part in (self, *parts))
             checksum.verify(self.version.uri, encode_crc32(crc))
         elif checksum.algorithm:
-            with open(self._fd, "rb", closefd=False) as file:
-                digest = hashlib.file_digest(file, checksum.algorithm).digest()
-            checksum.verify(self.version.uri, b2a_base64(digest, newline=False).decode())
+            position = 0
+            with borrow_buffer() as buffer:
+                while read := os.preadv(self._fd, [buffer], position):
+                    if self._crew.cancelled():
+                        raise Cancelled
+                    checksum.update(buffer[:read])
+                    position += read
+            checksum.verify(self.version.uri)
 
 
 def download(service: Service, bucket: str, key: str, path: str, crew: Crew) -> None:
@@ -249,7 +322,7 @@ class ObjectReader(io.RawIOBase):
         self.position = self._breaks = 0
         self._response: Response | None = None  # close() is called also when there is no answer
         self._response = service.perform(self)
-        self._checksum = Checksum(self._version.headers)
+        self._checksum = service.checksum(self._version.headers)
 
     def operation(self) -> Operation:
         """Ask for what is still to be read."""
@@ -257,7 +330,12 @@ class ObjectReader(io.RawIOBase):
 
     def consume(self, response: Response) -> Response:
         """Keep the answer, to read from it later."""
-        self._version.check(response, self.position, self._version.size or 0)
+        first = self._version.check(response, self.position, self._version.size or 0)
+        if first < self.position:
+            with borrow_buffer() as buffer:
+                self._version.skip(
+                    lambda limit: response.receive(limit, buffer), self.position - first
+                )
         return response
 
     def readable(self) -> bool:
@@ -265,7 +343,9 @@ class ObjectReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read at least a byte, 0 at the end."""
+        """Read at least a byte, 0 at the end; Cancelled after a stop."""
+        if self._service.cancelled():
+            raise Cancelled
         view = memoryview(buffer).cast("B")
         if self.position == self._version.size or not view:
             return 0
@@ -282,13 +362,16 @@ class ObjectReader(io.RawIOBase):
         while True:
             assert self._response is not None
             try:
-                return self._response.receive(len(view), view)
+                piece = self._response.receive(len(view), view)
+                if not piece:
+                    self._version.end(self.position)
+                return piece
             except TransportError as error:
                 self._breaks += 1
                 if self._breaks > RESUMES:
                     raise
                 self._service.finish(self._response)
-                self._service.wait(error, self._breaks)
+                self._service.wait(error, self._breaks, f"The stream of {self._version.uri}")
                 self._response = self._service.perform(self)
 
     def close(self) -> None:

@@ -363,6 +363,11 @@ class Response:
         return None if self.is_chunked else self._remaining
 
     @property
+    def tells_its_end(self) -> bool:
+        """Whether a body that broke off can be told from one that is complete."""
+        return self.is_chunked or self._remaining is not None
+
+    @property
     def can_keep(self) -> bool:
         """Whether the connection may serve another exchange."""
         return self._may_keep and self._remaining == 0

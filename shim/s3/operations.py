@@ -7,10 +7,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from shim.s3 import retries
+from shim.s3.checksums import Checksum, ChecksumPolicy
 from shim.s3.endpoints import Endpoint, EndpointConfiguration, resolve
 from shim.s3.errors import (
     Cancelled,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 ERROR_LIMIT_BYTES = 64 << 10
 SLICE_SECONDS = 0.25
 USER_AGENT = "sagemaker-shim"
+NO_CHECKSUMS = ChecksumPolicy(request_checksum=False, response_checksum=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +122,38 @@ class _Call:
         return self._operation
 
 
+class _Failures:
+    """What has failed of one exchange, and how much of it may."""
+
+    def __init__(self, attempts: int, begun: float) -> None:
+        """begun: by the monotonic clock."""
+        self.attempts, self._begun = attempts, begun
+        self.kinds: list[Kind] = []
+        self.failed = self._resumes = 0
+
+    def add(self, kind: Kind, *, is_further: bool) -> bool:
+        """Count one; return whether another attempt may follow. is_further: bytes had arrived."""
+        limit = retries.POLICIES[kind].limit
+        self.kinds.append(kind)
+        if is_further and self._resumes < retries.RESUMES:
+            self.failed, self._resumes = 0, self._resumes + 1
+        elif limit is None:
+            self.failed += 1
+        return self.failed < self.attempts if limit is None else self.kinds.count(kind) <= limit
+
+    def is_loud(self, now: float) -> bool:
+        """Tell whether others should hear of the last one."""
+        counted = [kind for kind in self.kinds if retries.POLICIES[kind].limit is None]
+        is_late = now - self._begun >= retries.LOUD_SECONDS
+        return len(counted) >= retries.LOUD_ATTEMPT or is_late
+
+    def describe(self) -> str:
+        """Say which one it was, of how many."""
+        if self.failed:
+            return f"attempt {self.failed} of {self.attempts} failed"
+        return f"broke off, {self._resumes} of {retries.RESUMES} times"
+
+
 class Service:
     """S3 as one caller sees it: endpoints, credentials, clock, connections."""
 
@@ -132,11 +166,12 @@ class Service:
         attempts: int,
         concurrency: int,
         log: Log,
+        checksums: ChecksumPolicy = ChecksumPolicy(),  # noqa: B008 - is frozen
         cancelled: Callable[[], bool] = never,
         sleep: Callable[[float], None] = time.sleep,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.cancelled = cancelled
+        self.cancelled, self._checksums, self._monotonic = cancelled, checksums, monotonic
         self._configuration, self._credentials = configuration, credentials
         self._transport, self._attempts, self._log, self._sleep = transport, attempts, log, sleep
         self._pace = Pace(concurrency=concurrency, monotonic=monotonic)
@@ -162,6 +197,10 @@ class Service:
         """Tell whether bodies travel unprotected, so that their SHA-256 must be signed."""
         return self._endpoint(bucket)[0].scheme == "http"
 
+    def checksum(self, headers: Mapping[str, str]) -> Checksum:
+        """Return what verifies the object of an answer, as far as that is wanted."""
+        return Checksum(headers if self._checksums.response_checksum else {})
+
     def call(
         self,
         operation: Operation,
@@ -186,51 +225,53 @@ class Service:
         attempts: instead of what is configured.
         """
         cancelled = cancelled or self.cancelled
-        attempts = attempts or self._attempts
-        kinds: list[Kind] = []
-        failed = resumes = 0
+        failures = _Failures(attempts or self._attempts, self._monotonic())
         while True:
             reached = exchange.position
             credentials = self._credentials.get()
             self._enter(cancelled)
             is_success = False
             now = datetime.now(UTC) + self._skew
+            policy = NO_CHECKSUMS if Kind.CHECKSUMS in failures.kinds else self._checksums
             try:
-                result = self._attempt(exchange, credentials, now, cancelled)
+                operation = exchange.operation()
+                request = self._sign(operation, credentials, now, policy)
+                request.cancelled = cancelled
+                result = self._attempt(exchange, operation, request)
                 is_success = True
+                if policy is NO_CHECKSUMS:
+                    self._spare_checksums(operation)
                 return result
             except (ServiceError, TransportError, IntegrityError) as failure:
                 error = failure
             finally:
                 self._pace.leave(is_success=is_success)
             kind = retries.kind_of(error, now=now)
-            limit = retries.POLICIES[kind].limit
-            kinds.append(kind)
-            if exchange.position > reached and resumes < retries.RESUMES:
-                failed, resumes = 0, resumes + 1
-            elif limit is None:
-                failed += 1
-            may_repeat = failed < attempts if limit is None else kinds.count(kind) <= limit
-            if not (may_repeat and self._mend(kind, error, credentials)):
-                error.retries = failed - 1 if limit is None else failed
+            may_repeat = failures.add(kind, is_further=exchange.position > reached)
+            if kind is Kind.CHECKSUMS:
+                may_repeat = may_repeat and not all(map(NO_CHECKSUMS.allows, request.headers))
+            if not (may_repeat and self._mend(kind, error, credentials, cancelled)):
+                is_counted = retries.POLICIES[kind].limit is None
+                error.retries = failures.failed - 1 if is_counted else failures.failed
                 raise error
-            self._log("DEBUG", f"Attempt failed: {error}")
-            self._wait(kind, error, failed, cancelled)
+            seconds = self._delay_seconds(kind, error, failures.failed)
+            is_loud = seconds and failures.is_loud(self._monotonic())
+            name = f"{operation.name} of s3://{operation.bucket}/{operation.key}"
+            self._report(f"{name}: {failures.describe()}", seconds, error, is_loud=bool(is_loud))
+            self._pause(seconds, cancelled)
 
-    def wait(self, error: TransportError, retry: int) -> None:
-        """Wait before retry number 1, 2, ... of something that failed outside perform()."""
-        self._wait(Kind.TRANSPORT, error, retry, self.cancelled)
+    def wait(self, error: TransportError, retry: int, name: str) -> None:
+        """Wait before a stream is resumed for the first, second, ... time; name: of it."""
+        seconds = self._delay_seconds(Kind.TRANSPORT, error, retry)
+        text = f"{name} broke off, {retry} of {retries.RESUMES} times"
+        self._report(text, seconds, error, is_loud=retry >= retries.LOUD_ATTEMPT)
+        self._pause(seconds, self.cancelled)
 
-    def _attempt(
-        self,
-        exchange: Exchange[T],
-        credentials: Credentials,
-        now: datetime,
-        cancelled: Callable[[], bool],
-    ) -> T:
-        operation = exchange.operation()
-        request = self._sign(operation, credentials, now)
-        request.cancelled = cancelled
+    def _report(self, text: str, seconds: float, error: S3ClientError, *, is_loud: bool) -> None:
+        level = "WARNING" if is_loud else "DEBUG"
+        self._log(level, f"{text}; the next attempt follows in {seconds:.1f} s: {error}")
+
+    def _attempt(self, exchange: Exchange[T], operation: Operation, request: Request) -> T:
         response = self._transport.open(request)
         result: object = None
         try:
@@ -246,7 +287,13 @@ class Service:
         """Give back the connection of an answer."""
         self._transport.finish(response)
 
-    def _sign(self, operation: Operation, credentials: Credentials, now: datetime) -> Request:
+    def _sign(
+        self,
+        operation: Operation,
+        credentials: Credentials,
+        now: datetime,
+        policy: ChecksumPolicy,
+    ) -> Request:
         endpoint, hostname = self._endpoint(operation.bucket)
         body = operation.body
         if body is None:
@@ -263,7 +310,7 @@ class Service:
             host=endpoint.host,
             path=path,
             query=operation.query,
-            headers=operation.headers,
+            headers={n: v for n, v in operation.headers.items() if policy.allows(n)},
             payload_hash=payload_hash,
             credentials=credentials,
             region=endpoint.region,
@@ -294,21 +341,46 @@ class Service:
             self._pace.leave(is_success=False)
             raise Cancelled
 
-    def _mend(self, kind: Kind, error: S3ClientError, credentials: Credentials) -> bool:
+    def _spare_checksums(self, operation: Operation) -> None:
+        """Send a store no more of the checksums without which it has taken an operation."""
+        if operation.method == "GET":
+            spared = replace(self._checksums, response_checksum=False)
+            variable = "AWS_RESPONSE_CHECKSUM_VALIDATION"
+        else:
+            spared = replace(self._checksums, request_checksum=False)
+            variable = "AWS_REQUEST_CHECKSUM_CALCULATION"
+        if spared != self._checksums:
+            self._checksums = spared
+            self._log(
+                "WARNING",
+                f"The store takes {operation.name} only without checksum headers, which are left "
+                f"out from now on; {variable}=when_required leaves them out from the start",
+            )
+
+    def _mend(
+        self,
+        kind: Kind,
+        error: S3ClientError,
+        credentials: Credentials,
+        cancelled: Callable[[], bool],
+    ) -> bool:
         """Do what another attempt needs; false when it would end like this one."""
         if isinstance(error, ServiceError) and kind is Kind.CLOCK:
             self._skew = retries.skew_of(error.headers, now=datetime.now(UTC))
             self._log("WARNING", f"The clock is off: the server's differs by {self._skew}")
         elif isinstance(error, ServiceError) and kind is Kind.REGION:
-            return self._learn_region(error)
+            return self._learn_region(error, cancelled)
         elif kind is Kind.CREDENTIALS:
             return self._credentials.refresh(credentials) != credentials
         return True
 
-    def _learn_region(self, error: ServiceError) -> bool:
+    def _learn_region(self, error: ServiceError, cancelled: Callable[[], bool]) -> bool:
         """Resolve the bucket anew in the region that an answer names; never by its Location."""
-        bucket, region = error.bucket, error.region
-        if bucket.startswith("arn:") or not region:
+        bucket = error.bucket
+        if bucket.startswith("arn:"):
+            return False
+        region = error.region or self._ask_region(error, cancelled)
+        if not region:
             return False
         if region == self._endpoint(bucket)[0].region:
             return bucket in self._redirected  # another thread may have learnt it meanwhile
@@ -318,15 +390,26 @@ class Service:
         self._log("INFO", f"The bucket {bucket} is in {region}")
         return True
 
-    def _wait(
-        self, kind: Kind, error: S3ClientError, retry: int, cancelled: Callable[[], bool]
-    ) -> None:
+    def _ask_region(self, error: ServiceError, cancelled: Callable[[], bool]) -> str:
+        """Ask for the region of a bucket where an answer names only another endpoint."""
+        if error.operation == "HeadBucket":
+            return ""
+        operation = Operation(name="HeadBucket", method="HEAD", bucket=error.bucket)
+        try:
+            headers = self.call(operation, read_headers, cancelled=cancelled, attempts=1)
+        except ServiceError as answer:
+            headers = dict(answer.headers)
+        except TransportError:
+            return ""
+        return headers.get("x-amz-bucket-region", "")
+
+    def _delay_seconds(self, kind: Kind, error: S3ClientError, retry: int) -> float:
         headers = error.headers if isinstance(error, ServiceError) else {}
         jitter = int.from_bytes(os.urandom(4), "big") / 2**32
         seconds = retries.delay_seconds(kind, retry=retry, headers=headers, random=jitter)
         if kind is Kind.THROTTLED:
             self._pace.slow_down(seconds)
-        self._pause(seconds, cancelled)
+        return seconds
 
     def _pause(self, seconds: float, cancelled: Callable[[], bool]) -> None:
         while seconds > 0:

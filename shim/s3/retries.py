@@ -26,6 +26,8 @@ LONGEST_DELAY_SECONDS = 20.0
 LARGEST_SKEW = timedelta(minutes=4)
 ATTEMPTS = {"legacy": 5, "standard": 3, "adaptive": 3}
 PERSISTENT_ATTEMPTS = 12
+LOUD_ATTEMPT = 3  # the first whose failure is a warning: two are everyday life
+LOUD_SECONDS = 10.0  # after which every failure is
 RESUMES = 20  # of a body that made progress before it broke off
 
 
@@ -40,6 +42,7 @@ class Kind(Enum):
     CLOCK = "take the server's time, once"
     CREDENTIALS = "refresh them, once"
     REGION = "ask in the bucket's region, once"
+    CHECKSUMS = "ask without checksums, once, where there were any"
     FINAL = "give up"
 
 
@@ -60,6 +63,7 @@ POLICIES = {
     Kind.CLOCK: Policy(limit=1),
     Kind.CREDENTIALS: Policy(limit=1),
     Kind.REGION: Policy(limit=1),
+    Kind.CHECKSUMS: Policy(limit=1),
     Kind.FINAL: Policy(limit=0),
 }
 
@@ -70,7 +74,7 @@ CODES = {
         "ThrottledException RequestThrottled RequestThrottledException TooManyRequestsException "
         "RequestLimitExceeded BandwidthLimitExceeded",
         Kind.TRANSIENT: "InternalError RequestTimeout RequestTimeoutException "
-        "PriorRequestNotComplete",
+        "PriorRequestNotComplete OperationAborted ConditionalRequestConflict",
         Kind.DAMAGED: "BadDigest InvalidDigest XAmzContentSHA256Mismatch",
         Kind.CLOCK: "RequestTimeTooSkewed",
         Kind.CREDENTIALS: "ExpiredToken InvalidToken TokenRefreshRequired",
@@ -78,6 +82,9 @@ CODES = {
     }.items()
     for code in codes.split()
 }
+
+# How stores refuse a header field that they do not know; "400" where they do not say why.
+HEADER_CODES = "400 BadRequest InvalidArgument InvalidRequest NotImplemented".split()
 
 STATUSES = {
     **dict.fromkeys((301, 302, 307), Kind.REGION),
@@ -105,7 +112,9 @@ def _kind_of_answer(error: ServiceError, now: datetime) -> Kind:
         return Kind.REGION
     if kind is Kind.FINAL and error.status in (400, 403):
         is_off = abs(skew_of(error.headers, now=now)) > LARGEST_SKEW
-        return Kind.CLOCK if is_off else Kind.FINAL
+        kind = Kind.CLOCK if is_off else Kind.FINAL
+    if kind is Kind.FINAL and error.status in (400, 501):
+        return Kind.CHECKSUMS if error.code in (*HEADER_CODES, "501") else Kind.FINAL
     return kind
 
 

@@ -140,7 +140,8 @@ class _Put:
 def upload(service: Service, bucket: str, key: str, fd: int, size: int, crew: Crew) -> None:
     """Store a file of that size."""
     operation = partial(Operation, bucket=bucket, key=key)
-    put = partial(_Put, file=File(fd, size, key, crew.cancelled), with_sha256=service.is_plain(bucket))
+    file = File(fd, size, key, crew.cancelled)
+    put = partial(_Put, file=file, with_sha256=service.is_plain(bucket))
     if size > SINGLE_BYTES:
         _Multipart(service, operation, put, size, crew).store()
     else:

@@ -121,6 +121,7 @@ class S3Double(socketserver.ThreadingTCPServer):
         self.uploads: dict[str, MultipartUpload] = {}
         self.seen: list[Seen] = []
         self.faults: list[Fault] = []
+        self.always: Fault = work  # where no fault is scripted
         self.page_size = 1000
         self.most_active = self.active = self.connections = self.begun = 0
         self.lock = threading.RLock()
@@ -187,16 +188,16 @@ class Exchange(BaseHTTPRequestHandler):
                     bucket=self.bucket,
                     key=self.key,
                     query=self.query,
-                    headers=self.fields,
+                    headers=dict(self.fields),
                     connection=self.number,
                     region=match["region"] if match else "",
                 )
             )
-            fault = server.faults.pop(0) if server.faults else None
+            fault = server.faults.pop(0) if server.faults else server.always
             server.active += 1
             server.most_active = max(server.active, server.most_active)
         try:
-            fault(self) if fault else self.answer()
+            fault(self)
         finally:
             with server.lock:
                 server.active -= 1
@@ -208,7 +209,7 @@ class Exchange(BaseHTTPRequestHandler):
             return "CreateMultipartUpload" if "uploads" in self.query else "CompleteMultipartUpload"
         return {
             "GET": "GetObject" if self.key else "ListObjectsV2",
-            "HEAD": "HeadObject",
+            "HEAD": "HeadObject" if self.key else "HeadBucket",
             "PUT": "UploadPart" if "partNumber" in self.query else "PutObject",
             "DELETE": "AbortMultipartUpload",
         }[self.command]
@@ -341,6 +342,10 @@ class Exchange(BaseHTTPRequestHandler):
     def _describe(self, found: Object) -> dict[str, str]:
         headers = {"ETag": found.etag, "Accept-Ranges": "bytes", "x-amz-request-id": "REQUEST1"}
         return headers | {f"x-amz-meta-{name}": value for name, value in found.metadata.items()}
+
+    def _HeadBucket(self, _: bytes) -> None:
+        self._objects()
+        self.send(200, b"", {"x-amz-bucket-region": self.server.region})
 
     def _HeadObject(self, _: bytes) -> None:
         try:
@@ -509,6 +514,45 @@ def truncate(after: int) -> Fault:
 
         exchange.send = send_less  # type: ignore[method-assign, assignment]
         exchange.answer()
+
+    return fault
+
+
+def ignore(*names: str) -> Fault:
+    """Answer as if header fields had not been sent."""
+
+    def fault(exchange: Exchange) -> None:
+        body = exchange.body()
+        exchange._verify(body)
+        for name in names:
+            exchange.fields.pop(name, None)
+        getattr(exchange, f"_{exchange.operation}")(body)
+
+    return fault
+
+
+def send_chunked(*, after: int | None = None, chunk_bytes: int = 1000) -> Fault:
+    """Answer without a length, in chunks; after: end the connection after so many bytes."""
+
+    def fault(exchange: Exchange) -> None:
+        def send(status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
+            fields = {"Transfer-Encoding": "chunked", **(headers or {})}
+            head = [f"HTTP/1.1 {status} Sent"] + [f"{n}: {v}" for n, v in fields.items()]
+            exchange.wfile.write("\r\n".join([*head, "", ""]).encode())
+            sent = body if after is None else body[:after]
+            for start in range(0, len(sent), chunk_bytes):
+                piece = sent[start : start + chunk_bytes]
+                exchange.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            if after is None:
+                exchange.wfile.write(b"0\r\nA-Trailer: x\r\n\r\n")
+            else:
+                exchange.drop()
+
+        exchange.send = send  # type: ignore[method-assign, assignment]
+        try:
+            exchange.answer()
+        finally:
+            del exchange.send
 
     return fault
 
