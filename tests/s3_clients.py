@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shim.s3.checksums import ChecksumPolicy
 from shim.s3.client import S3Client
 from shim.s3.endpoints import EndpointConfiguration
 from shim.s3.http1 import never
@@ -68,6 +69,7 @@ def build_harness(
     credentials: Any = None,
     environ: Mapping[str, str] | None = None,
     cancelled: Callable[[], bool] = never,
+    checksums: ChecksumPolicy = ChecksumPolicy(),
 ) -> Harness:
     """Build a client that never really sleeps."""
     sleeps: list[float] = []
@@ -83,6 +85,7 @@ def build_harness(
         concurrency=concurrency,
         log=lambda level, message: lines.append(f"{level} {message}"),
         cancelled=cancelled,
+        checksums=checksums,
         sleep=sleeps.append,
         monotonic=lambda: sum(sleeps),
     )

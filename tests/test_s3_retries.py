@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from shim.s3 import retries
+from shim.s3.checksums import ChecksumPolicy
 from shim.s3.errors import (
     CertificateError,
     ObjectChanged,
@@ -31,6 +33,7 @@ from tests.fakes.s3_double import (
     drop,
     refuse,
     truncate,
+    work,
 )
 from tests.s3_clients import OneIdentity, build_harness, running_double
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY
@@ -69,6 +72,8 @@ REPEATED = {
     "502 HTML": (html(502), 0.05),
     "503 HTML": (html(503), 0.05),
     "504": (refuse(504), 0.05),
+    "409 OperationAborted": (refuse(409, "OperationAborted"), 0.05),
+    "409 ConditionalRequestConflict": (refuse(409, "ConditionalRequestConflict"), 0.05),
     "400 RequestTimeout": (refuse(400, "RequestTimeout"), 0.05),
     "end without an answer": (drop(), 0.1),
     "reset": (drop(reset=True), 0.1),
@@ -105,8 +110,8 @@ FINAL = {
     "404 NoSuchKey": refuse(404, "NoSuchKey"),
     "404 NoSuchBucket": refuse(404, "NoSuchBucket"),
     "405": refuse(405, "MethodNotAllowed"),
-    "409": refuse(409, "OperationAborted"),
-    "501 NotImplemented": refuse(501, "NotImplemented"),
+    "409": refuse(409, "BucketAlreadyExists"),
+    "400 KeyTooLongError": refuse(400, "KeyTooLongError"),
 }
 
 
@@ -257,7 +262,37 @@ def test_a_redirect_is_never_followed(double: S3Double) -> None:
         double.faults = [refuse(307, headers={"Location": f"{other.url}/bucket/key"})]
         with pytest.raises(ServiceError, match="307"):
             harness.client.get("bucket", "key", max_bytes=100)
-        assert (1, 0) == (len(double.seen), len(other.seen))
+        assert (["GetObject", "HeadBucket"], []) == (double.operations(), other.operations())
+
+
+ELSEWHERE = refuse(301, "PermanentRedirect", extra="<Endpoint>bucket.s3.example</Endpoint>")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [work, refuse(301, headers={"x-amz-bucket-region": "us-east-2"})],
+    ids=["answered", "redirected"],
+)
+def test_a_redirect_that_names_only_an_endpoint_has_the_bucket_asked_for_its_region(
+    answer: Fault,
+) -> None:
+    with running_double(region="us-east-2") as double:
+        double.buckets["bucket"]["key"] = Object(body=b"content")
+        harness = build_harness(double.url, attempts=1)
+        refused = refuse(403, "", headers={"x-amz-bucket-region": "us-east-2"})
+        double.faults = [ELSEWHERE, refused if answer is work else answer]
+        for _ in range(2):
+            assert b"content" == harness.client.get("bucket", "key", max_bytes=100)
+        asked = [seen.operation for seen in double.seen if seen.operation == "HeadBucket"]
+        assert (1 if answer is work else 2) == len(asked)
+
+
+def test_a_bucket_that_does_not_tell_its_region_is_asked_once(double: S3Double) -> None:
+    harness = build_harness(double.url)
+    double.faults = [ELSEWHERE, refuse(301)]
+    with pytest.raises(ServiceError, match="PermanentRedirect"):
+        harness.client.get("bucket", "key", max_bytes=100)
+    assert ["GetObject", "HeadBucket"] == double.operations()
 
 
 def test_redirects_in_circles_end(double: S3Double) -> None:
@@ -359,3 +394,178 @@ def test_throttling_halves_what_is_under_way_and_successes_bring_it_back() -> No
     for _ in range(4):
         pace.leave(is_success=True)
     assert [True] * 5 + [False] == [pace.try_enter() for _ in range(6)]
+
+
+# --- warnings ---
+
+
+def warnings_of(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.startswith("WARNING ")]
+
+
+@pytest.mark.parametrize(("fault", "base"), REPEATED.values(), ids=REPEATED)
+def test_attempts_from_the_third_on_are_warned_of(
+    double: S3Double, fault: Fault, base: float
+) -> None:
+    harness = build_harness(double.url)
+    double.faults = [fault] * 4
+    assert b"content" == harness.client.get("bucket", "key", max_bytes=100)
+    expected = r"WARNING GetObject of s3://bucket/key: attempt %d of 5 failed; the next attempt "
+    expected += r"follows in \d+\.\d s: \S.*"
+    found = warnings_of(harness.lines)
+    assert 2 == len(found)
+    for number, line in zip((3, 4), found, strict=True):
+        assert re.fullmatch(expected % number, line)
+
+
+def test_a_refused_connection_is_warned_of() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    harness = build_harness(url)
+    with pytest.raises(TransportError):
+        harness.client.put("bucket", "key", b"result", persistent=True)
+    found = warnings_of(harness.lines)
+    assert [f"attempt {n} of 12" for n in range(3, 12)] == [
+        re.findall("attempt .* of 12", line)[0] for line in found
+    ]
+    assert all(f"{url}/bucket/key (Connection refused)" in line for line in found)
+
+
+def test_bodies_that_break_off_again_and_again_are_warned_of(
+    double: S3Double, tmp_path: Path
+) -> None:
+    double.buckets["bucket"]["key"] = Object(body=bytes(400_000))
+    for read in ("download", "stream"):
+        harness = build_harness(double.url)
+        double.faults = [truncate(80_000)] * 4
+        if read == "download":
+            harness.download(tmp_path / "file")
+        else:
+            harness.client.open("bucket", "key").read()
+        found = warnings_of(harness.lines)
+        assert 2 == len(found)
+        for number, line in zip((3, 4), found, strict=True):
+            assert "s3://bucket/key" in line and f"broke off, {number} of 20 times" in line
+            assert "; the next attempt follows in " in line
+
+
+def test_a_single_failure_that_took_long_is_warned_of(double: S3Double) -> None:
+    harness = build_harness(double.url)
+
+    def take_long(exchange: Exchange) -> None:
+        harness.sleeps.append(30.0)
+        exchange.refuse(500)
+
+    double.faults = [take_long]
+    harness.client.get("bucket", "key", max_bytes=100)
+    assert 1 == len(warnings_of(harness.lines))
+
+
+def test_what_is_put_right_at_once_is_not_warned_of(double: S3Double) -> None:
+    harness = build_harness(double.url)
+    for _ in range(5):
+        harness.client.get("bucket", "key", max_bytes=100)
+        double.faults = [drop()]
+    double.faults = [refuse(500)] * 2
+    harness.client.get("bucket", "key", max_bytes=100)
+    assert [] == warnings_of(harness.lines)
+
+
+# --- stores that refuse checksums ---
+
+UNKNOWN_HEADERS = {
+    "501": refuse(501, "NotImplemented", message="A header you provided implies functionality ..."),
+    "501 without a body": refuse(501),
+    "400 InvalidArgument": refuse(400, "InvalidArgument", message="Unsupported header 'x-amz-checksum'"),
+    "400 InvalidRequest": refuse(400, "InvalidRequest"),
+    "400 without a body": refuse(400),
+}
+
+
+def has_checksums(headers: Mapping[str, str]) -> bool:
+    return any(name.startswith("x-amz-checksum-") for name in headers)
+
+
+@pytest.fixture(params=UNKNOWN_HEADERS.values(), ids=list(UNKNOWN_HEADERS))
+def plain_store(double: S3Double, request: pytest.FixtureRequest) -> S3Double:
+    """A store that refuses each request with a header field about checksums."""
+
+    def answer(exchange: Exchange) -> None:
+        request.param(exchange) if has_checksums(exchange.fields) else exchange.answer()
+
+    double.always = answer
+    return double
+
+
+def test_a_store_that_refuses_checksums_is_asked_once_without_and_remembered(
+    plain_store: S3Double, tmp_path: Path
+) -> None:
+    harness = build_harness(plain_store.url, attempts=1)
+    client = harness.client
+    for _ in range(2):
+        assert b"content" == client.get("bucket", "key", max_bytes=10)
+        assert b"content" == harness.download(tmp_path / "file")
+        with client.open("bucket", "key") as stream:
+            assert b"content" == stream.read()
+    assert [True] + [False] * 6 == [has_checksums(seen.headers) for seen in plain_store.seen]
+    (warning,) = warnings_of(harness.lines)
+    assert "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required" in warning
+    plain_store.seen.clear()
+    for size in (10, 1 << 20, 33 << 20):
+        (tmp_path / "source").write_bytes(bytes(size))
+        harness.upload(tmp_path / "source", f"new/{size}")
+        assert size == len(plain_store.buckets["bucket"][f"new/{size}"].body)
+    client.put("bucket", "result", b"result", persistent=True)
+    assert [True] + [False] * 8 == [has_checksums(seen.headers) for seen in plain_store.seen]
+    assert "content-md5" in plain_store.seen[-1].headers
+    (_, warning) = warnings_of(harness.lines)
+    assert "AWS_REQUEST_CHECKSUM_CALCULATION=when_required" in warning
+
+
+def test_a_large_file_goes_to_a_store_that_refuses_checksums(
+    plain_store: S3Double, tmp_path: Path
+) -> None:
+    harness = build_harness(plain_store.url, attempts=1)
+    (tmp_path / "source").write_bytes(bytes(33 << 20))
+    harness.upload(tmp_path / "source")
+    assert 33 << 20 == len(plain_store.buckets["bucket"]["key"].body)
+    assert ["CreateMultipartUpload"] * 2 == plain_store.operations()[:2]
+
+
+@pytest.mark.parametrize("fault", UNKNOWN_HEADERS.values(), ids=list(UNKNOWN_HEADERS))
+def test_a_refusal_for_another_reason_teaches_nothing(double: S3Double, fault: Fault) -> None:
+    harness = build_harness(double.url)
+    double.faults = [fault] * 2
+    with pytest.raises(ServiceError):
+        harness.client.get("bucket", "key", max_bytes=10)
+    assert b"content" == harness.client.get("bucket", "key", max_bytes=10)
+    double.faults = [fault]
+    with pytest.raises(ServiceError):
+        harness.client.head("bucket", "key")  # there is nothing to leave out
+    assert [True, False, True, False] == [has_checksums(s.headers) for s in double.seen]
+    assert [] == warnings_of(harness.lines)
+
+
+def test_no_checksum_is_sent_or_asked_for_where_none_is_required(
+    double: S3Double, tmp_path: Path
+) -> None:
+    off = ChecksumPolicy(request_checksum=False, response_checksum=False)
+    harness = build_harness(double.url, checksums=off)
+
+    def lie(exchange: Exchange) -> None:
+        exchange._describe = lambda _: {  # type: ignore[method-assign, assignment]
+            "x-amz-checksum-crc32": "AAAAAQ=="
+        }
+        exchange.answer()
+
+    double.always = lie
+    assert b"content" == harness.client.get("bucket", "key", max_bytes=10)
+    assert b"content" == harness.download(tmp_path / "file")
+    assert b"content" == harness.client.open("bucket", "key").read()
+    (tmp_path / "source").write_bytes(bytes(33 << 20))
+    harness.upload(tmp_path / "source", "large")
+    harness.client.put("bucket", "result", b"result")
+    assert [] == [seen for seen in double.seen if has_checksums(seen.headers)]
+    assert (33 << 20, b"result") == (
+        len(double.buckets["bucket"]["large"].body),
+        double.buckets["bucket"]["result"].body,
+    )

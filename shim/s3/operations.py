@@ -6,7 +6,8 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -141,6 +142,12 @@ class _Failures:
             self.failed += 1
         return self.failed < self.attempts if limit is None else self.kinds.count(kind) <= limit
 
+    @property
+    def retries(self) -> int:
+        """How often the request was repeated, after its last attempt."""
+        is_counted = retries.POLICIES[self.kinds[-1]].limit is None
+        return self.failed - 1 if is_counted else self.failed
+
     def is_loud(self, now: float) -> bool:
         """Tell whether others should hear of the last one."""
         counted = [kind for kind in self.kinds if retries.POLICIES[kind].limit is None]
@@ -229,35 +236,29 @@ class Service:
         while True:
             reached = exchange.position
             credentials = self._credentials.get()
-            self._enter(cancelled)
-            is_success = False
-            now = datetime.now(UTC) + self._skew
             policy = NO_CHECKSUMS if Kind.CHECKSUMS in failures.kinds else self._checksums
             try:
-                operation = exchange.operation()
-                request = self._sign(operation, credentials, now, policy)
-                request.cancelled = cancelled
-                result = self._attempt(exchange, operation, request)
-                is_success = True
+                with self._entered(cancelled):
+                    now = datetime.now(UTC) + self._skew
+                    operation = exchange.operation()
+                    request = self._sign(operation, credentials, now, policy)
+                    request.cancelled = cancelled
+                    result = self._attempt(exchange, operation, request)
+            except (ServiceError, TransportError, IntegrityError) as failure:
+                error = failure
+            else:
                 if policy is NO_CHECKSUMS:
                     self._spare_checksums(operation)
                 return result
-            except (ServiceError, TransportError, IntegrityError) as failure:
-                error = failure
-            finally:
-                self._pace.leave(is_success=is_success)
             kind = retries.kind_of(error, now=now)
             may_repeat = failures.add(kind, is_further=exchange.position > reached)
-            if kind is Kind.CHECKSUMS:
-                may_repeat = may_repeat and not all(map(NO_CHECKSUMS.allows, request.headers))
-            if not (may_repeat and self._mend(kind, error, credentials, cancelled)):
-                is_counted = retries.POLICIES[kind].limit is None
-                error.retries = failures.failed - 1 if is_counted else failures.failed
+            if not (may_repeat and self._mend(kind, error, credentials, request)):
+                error.retries = failures.retries
                 raise error
             seconds = self._delay_seconds(kind, error, failures.failed)
-            is_loud = seconds and failures.is_loud(self._monotonic())
+            is_loud = seconds > 0 and failures.is_loud(self._monotonic())
             name = f"{operation.name} of s3://{operation.bucket}/{operation.key}"
-            self._report(f"{name}: {failures.describe()}", seconds, error, is_loud=bool(is_loud))
+            self._report(f"{name}: {failures.describe()}", seconds, error, is_loud=is_loud)
             self._pause(seconds, cancelled)
 
     def wait(self, error: TransportError, retry: int, name: str) -> None:
@@ -334,12 +335,18 @@ class Service:
             self._endpoints[bucket] = endpoint, endpoint.hostname
         return self._endpoints[bucket]
 
-    def _enter(self, cancelled: Callable[[], bool]) -> None:
+    @contextmanager
+    def _entered(self, cancelled: Callable[[], bool]) -> Iterator[None]:
         while not self._pace.try_enter():
             self._pause(0.02, cancelled)
-        if cancelled():
-            self._pace.leave(is_success=False)
-            raise Cancelled
+        is_success = False
+        try:
+            if cancelled():
+                raise Cancelled
+            yield
+            is_success = True
+        finally:
+            self._pace.leave(is_success=is_success)
 
     def _spare_checksums(self, operation: Operation) -> None:
         """Send a store no more of the checksums without which it has taken an operation."""
@@ -362,14 +369,16 @@ class Service:
         kind: Kind,
         error: S3ClientError,
         credentials: Credentials,
-        cancelled: Callable[[], bool],
+        request: Request,
     ) -> bool:
         """Do what another attempt needs; false when it would end like this one."""
         if isinstance(error, ServiceError) and kind is Kind.CLOCK:
             self._skew = retries.skew_of(error.headers, now=datetime.now(UTC))
             self._log("WARNING", f"The clock is off: the server's differs by {self._skew}")
         elif isinstance(error, ServiceError) and kind is Kind.REGION:
-            return self._learn_region(error, cancelled)
+            return self._learn_region(error, request.cancelled)
+        elif kind is Kind.CHECKSUMS:
+            return not all(map(NO_CHECKSUMS.allows, request.headers))
         elif kind is Kind.CREDENTIALS:
             return self._credentials.refresh(credentials) != credentials
         return True
