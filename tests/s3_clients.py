@@ -69,7 +69,7 @@ def build_harness(
     credentials: Any = None,
     environ: Mapping[str, str] | None = None,
     cancelled: Callable[[], bool] = never,
-    checksums: ChecksumPolicy = ChecksumPolicy(),
+    checksums: ChecksumPolicy = ChecksumPolicy(),  # noqa: B008 - is frozen
 ) -> Harness:
     """Build a client that never really sleeps."""
     sleeps: list[float] = []

@@ -473,9 +473,11 @@ def test_what_is_put_right_at_once_is_not_warned_of(double: S3Double) -> None:
 # --- stores that refuse checksums ---
 
 UNKNOWN_HEADERS = {
-    "501": refuse(501, "NotImplemented", message="A header you provided implies functionality ..."),
+    "501": refuse(501, "NotImplemented", message="A header implies what is not implemented"),
     "501 without a body": refuse(501),
-    "400 InvalidArgument": refuse(400, "InvalidArgument", message="Unsupported header 'x-amz-checksum'"),
+    "400 InvalidArgument": refuse(
+        400, "InvalidArgument", message="Unsupported header 'x-amz-checksum'"
+    ),
     "400 InvalidRequest": refuse(400, "InvalidRequest"),
     "400 without a body": refuse(400),
 }

@@ -144,7 +144,9 @@ BROKEN = {
     "no colon": b"HTTP/1.1 200 OK\r\nA\r\n\r\n",
     "a bare line feed": b"HTTP/1.1 200 OK\r\nA: b\nC: d\r\n\r\n",
     "too long a trailer": (
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"A: b\r\n" * 17_000 + b"\r\n"
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+        + b"A: b\r\n" * 17_000
+        + b"\r\n"
     ),
     "too long": b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000 + b"\r\n\r\n",
 }

@@ -13,16 +13,14 @@ all the rest of a small transfer.
 from __future__ import annotations
 
 import fcntl
-import math
 import select
 import socket
-import struct
 import sys
 import termios
-import time
 from collections.abc import Callable, Iterator, Mapping
 
-from shim.s3.errors import Cancelled, StaleConnection, TransportError
+from shim.s3.errors import StaleConnection, TransportError
+from shim.s3.wire import TICK_SECONDS, Wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
-TICK_SECONDS = 1
 HEAD_LIMIT_BYTES = 64 << 10
 ONE_PACKET_BYTES = 256 << 10
 
@@ -120,52 +117,6 @@ def parse_head(data: bytes) -> tuple[int, str, dict[str, str], bool]:
     return int(status), reason, headers, version == "HTTP/1.1"
 
 
-class Wire:
-    """A connected socket that is never waited for longer than a stop or a time limit allows.
-
-    No call blocks for more than a second: it raises BlockingIOError, and may be made again.
-    """
-
-    def __init__(self, sock: socket.socket, cancelled: Callable[[], bool] = never) -> None:
-        self._sock, self.cancelled = sock, cancelled
-        self.fileno, self.close, self.settimeout = sock.fileno, sock.close, sock.settimeout
-        self.stop_limiting()
-        self.set_tick()
-
-    def set_tick(self) -> None:
-        """Let the kernel keep the time: it saves a poll() a call, and allows MSG_WAITALL."""
-        self._sock.settimeout(None)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", TICK_SECONDS, 0))
-
-    def limit(self, seconds: float, name: str) -> None:
-        """Allow what begins now so much time; name: of that, for messages."""
-        self._deadline, self._limit = time.monotonic() + seconds, f"{name} took over {seconds:g} s"
-
-    def stop_limiting(self) -> None:
-        """Allow any time again."""
-        self._deadline, self._limit = math.inf, ""
-
-    def check(self) -> None:
-        """Raise Cancelled after a stop, TransportError after the time limit."""
-        if self.cancelled():
-            raise Cancelled
-        if self._limit and time.monotonic() > self._deadline:
-            raise TransportError(self._limit)
-
-    def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive as a socket does."""
-        if self._limit or self.cancelled():
-            self.check()
-        return self._sock.recv_into(view, nbytes, flags)
-
-    def send(self, view: memoryview) -> int:
-        """Send as a socket does."""
-        if self._limit or self.cancelled():
-            self.check()
-        return self._sock.send(view)
-
-
 class Connection:
     """A wire, with what was received and not yet consumed."""
 
@@ -173,7 +124,7 @@ class Connection:
         self, sock: socket.socket | Wire, route: object, tls: TlsStream | None = None
     ) -> None:
         """route: what another request must have in common to be sent here; tls: over the wire."""
-        self._wire = Wire(sock) if isinstance(sock, socket.socket) else sock
+        self._wire = Wire(sock, never) if isinstance(sock, socket.socket) else sock
         self._tls, self.route = tls, route
         self._stream = tls or self._wire
         self._buffer = bytearray(HEAD_LIMIT_BYTES)

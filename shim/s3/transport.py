@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from shim.s3.errors import Cancelled, CertificateError, StaleConnection, TransportError
-from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response, Wire
+from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response
+from shim.s3.wire import Wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
