@@ -6,8 +6,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
 ERROR_LIMIT_BYTES = 64 << 10
 SLICE_SECONDS = 0.25
 USER_AGENT = "sagemaker-shim"
+ALL_CHECKSUMS = ChecksumPolicy()
 NO_CHECKSUMS = ChecksumPolicy(request_checksum=False, response_checksum=False)
 
 
@@ -173,7 +173,7 @@ class Service:
         attempts: int,
         concurrency: int,
         log: Log,
-        checksums: ChecksumPolicy = ChecksumPolicy(),  # noqa: B008 - is frozen
+        checksums: ChecksumPolicy = ALL_CHECKSUMS,
         cancelled: Callable[[], bool] = never,
         sleep: Callable[[float], None] = time.sleep,
         monotonic: Callable[[], float] = time.monotonic,
@@ -237,19 +237,22 @@ class Service:
             reached = exchange.position
             credentials = self._credentials.get()
             policy = NO_CHECKSUMS if Kind.CHECKSUMS in failures.kinds else self._checksums
+            self._enter(cancelled)
+            is_success = False
+            now = datetime.now(UTC) + self._skew
             try:
-                with self._entered(cancelled):
-                    now = datetime.now(UTC) + self._skew
-                    operation = exchange.operation()
-                    request = self._sign(operation, credentials, now, policy)
-                    request.cancelled = cancelled
-                    result = self._attempt(exchange, operation, request)
-            except (ServiceError, TransportError, IntegrityError) as failure:
-                error = failure
-            else:
+                operation = exchange.operation()
+                request = self._sign(operation, credentials, now, policy)
+                request.cancelled = cancelled
+                result = self._attempt(exchange, operation, request)
+                is_success = True
                 if policy is NO_CHECKSUMS:
                     self._spare_checksums(operation)
                 return result
+            except (ServiceError, TransportError, IntegrityError) as failure:
+                error = failure
+            finally:
+                self._pace.leave(is_success=is_success)
             kind = retries.kind_of(error, now=now)
             may_repeat = failures.add(kind, is_further=exchange.position > reached)
             if not (may_repeat and self._mend(kind, error, credentials, request)):
@@ -303,6 +306,9 @@ class Service:
             payload_hash = hashlib.sha256(body).hexdigest()
         else:
             payload_hash = operation.sha256 or UNSIGNED_PAYLOAD
+        headers = operation.headers
+        if policy != ALL_CHECKSUMS:
+            headers = {name: value for name, value in headers.items() if policy.allows(name)}
         path = endpoint.base_path
         if operation.key or not path:
             path = f"{path}/{encode_key(operation.key)}"
@@ -311,7 +317,7 @@ class Service:
             host=endpoint.host,
             path=path,
             query=operation.query,
-            headers={n: v for n, v in operation.headers.items() if policy.allows(n)},
+            headers=headers,
             payload_hash=payload_hash,
             credentials=credentials,
             region=endpoint.region,
@@ -335,18 +341,12 @@ class Service:
             self._endpoints[bucket] = endpoint, endpoint.hostname
         return self._endpoints[bucket]
 
-    @contextmanager
-    def _entered(self, cancelled: Callable[[], bool]) -> Iterator[None]:
+    def _enter(self, cancelled: Callable[[], bool]) -> None:
         while not self._pace.try_enter():
             self._pause(0.02, cancelled)
-        is_success = False
-        try:
-            if cancelled():
-                raise Cancelled
-            yield
-            is_success = True
-        finally:
-            self._pace.leave(is_success=is_success)
+        if cancelled():
+            self._pace.leave(is_success=False)
+            raise Cancelled
 
     def _spare_checksums(self, operation: Operation) -> None:
         """Send a store no more of the checksums without which it has taken an operation."""

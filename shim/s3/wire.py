@@ -21,7 +21,8 @@ class Wire:
     def __init__(self, sock: socket.socket, cancelled: Callable[[], bool]) -> None:
         self._sock, self.cancelled = sock, cancelled
         self.fileno, self.close, self.settimeout = sock.fileno, sock.close, sock.settimeout
-        self.stop_limiting()
+        self._deadline = self._seconds = 0.0
+        self._limited = ""
         self.set_tick()
 
     def set_tick(self) -> None:
@@ -32,27 +33,27 @@ class Wire:
 
     def limit(self, seconds: float, name: str) -> None:
         """Allow what begins now so much time; name: of that, for messages."""
-        self._deadline, self._limit = time.monotonic() + seconds, f"{name} took over {seconds:g} s"
+        self._deadline, self._seconds, self._limited = time.monotonic() + seconds, seconds, name
 
     def stop_limiting(self) -> None:
         """Allow any time again."""
-        self._deadline, self._limit = 0.0, ""
+        self._limited = ""
 
     def check(self) -> None:
         """Raise Cancelled after a stop, TransportError after the time limit."""
         if self.cancelled():
             raise Cancelled
-        if self._limit and time.monotonic() > self._deadline:
-            raise TransportError(self._limit)
+        if self._limited and time.monotonic() > self._deadline:
+            raise TransportError(f"{self._limited} took over {self._seconds:g} s")
 
     def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
         """Receive as a socket does."""
-        if self._limit or self.cancelled():
+        if self._limited or self.cancelled():
             self.check()
         return self._sock.recv_into(view, nbytes, flags)
 
     def send(self, view: memoryview) -> int:
         """Send as a socket does."""
-        if self._limit or self.cancelled():
+        if self._limited or self.cancelled():
             self.check()
         return self._sock.send(view)
