@@ -23,7 +23,6 @@ from tests.support import limit_rate
 
 STOPPED = "The task was stopped before it finished"
 SECONDS = 5.0  # from the signal to the end
-RATE_BYTES = 1_000_000
 
 
 @pytest.fixture
@@ -55,9 +54,13 @@ def slow_for(double: S3Double, key: str, fault: Callable[[Exchange], None]) -> t
     return came
 
 
-def answer_slowly(exchange: Exchange) -> None:
-    limit_rate(exchange.connection, RATE_BYTES)
-    exchange.answer()
+def answer_at(bytes_a_second: int) -> Callable[[Exchange], None]:
+    def fault(exchange: Exchange) -> None:
+        exchange.body()
+        limit_rate(exchange.connection, bytes_a_second)
+        exchange.send(200, exchange._object().body)  # at once: no sum is made of it before
+
+    return fault
 
 
 def repeat(begin: str, again: bytes) -> Callable[[Exchange], None]:
@@ -83,7 +86,8 @@ def say_nothing(exchange: Exchange) -> None:
 
 CHUNKS = "Transfer-Encoding: chunked\r\n\r\n"
 READ = {
-    "at 1 MB/s": answer_slowly,
+    "at 1 MB/s": answer_at(1_000_000),
+    "at 10 MB/s": answer_at(10_000_000),
     "header fields": repeat("", b"A: b\r\n"),
     "chunks": repeat(CHUNKS, b"1\r\nx\r\n"),
     "trailer": repeat(f"{CHUNKS}1\r\nx\r\n0\r\n", b"A: b\r\n"),
