@@ -1,4 +1,4 @@
-"""CRC32 as S3 writes it, and the CRC32 of joined parts from those of the parts."""
+"""Checksums of objects and of their parts, and whether they are sent and asked for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,40 @@ import binascii
 import hashlib
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
-from shim.s3.errors import IntegrityError
+from shim.s3.errors import IntegrityError, SettingInvalid
 
 _POLYNOMIAL = 0xEDB88320
+
+# By the name that botocore gives them: whether checksums go with every request that supports them.
+CHECKSUM_MODES = {"when_supported": True, "when_required": False}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChecksumPolicy:
+    """Whether requests carry checksums, and whether those of answers are asked for."""
+
+    request_checksum: bool = True
+    response_checksum: bool = True
+
+
+def checksum_policy(environ: Mapping[str, str], profile: Mapping[str, str]) -> ChecksumPolicy:
+    """Read the environment, then the profile's settings. Raises SettingInvalid."""
+
+    def is_supported(option: str) -> bool:
+        variable = f"AWS_{option.upper()}"
+        text = environ.get(variable) or profile.get(option) or "when_supported"
+        if text.lower() not in CHECKSUM_MODES:
+            name = variable if environ.get(variable) else f"{option} of the profile"
+            raise SettingInvalid(name, expected=" or ".join(CHECKSUM_MODES), found=text)
+        return CHECKSUM_MODES[text.lower()]
+
+    return ChecksumPolicy(
+        request_checksum=is_supported("request_checksum_calculation"),
+        response_checksum=is_supported("response_checksum_validation"),
+    )
 
 
 def encode_crc32(crc: int) -> str:

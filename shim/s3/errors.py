@@ -23,6 +23,21 @@ class ProfileInvalid(S3ClientError):
     """A shared configuration file cannot be read, or lacks the profile that is asked for."""
 
 
+class SettingInvalid(S3ClientError, ValueError):
+    """A variable of the environment, or an option of the profile, cannot be right.
+
+    Of the text that was found only its length is shown: it may be a secret, or hold one.
+    """
+
+    def __init__(  # noqa: B042 - is neither copied nor pickled
+        self, name: str, *, expected: str, found: str
+    ) -> None:
+        plural = "s" * (len(found) != 1)
+        super().__init__(
+            f"{name}: expected {expected}, found a text of {len(found)} character{plural}"
+        )
+
+
 class EndpointUnresolved(S3ClientError, ValueError):
     """The configuration and the bucket do not lead to an endpoint."""
 
