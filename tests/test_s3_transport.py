@@ -16,9 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from shim.s3.errors import Cancelled, CertificateError, ServiceError, TransportError
+from shim.s3.errors import (
+    Cancelled,
+    CertificateError,
+    ServiceError,
+    SettingInvalid,
+    TransportError,
+)
 from shim.s3.http1 import Connection, Request, Response, never, parse_head
-from shim.s3.transport import Proxies, Proxy, Transport, Trust
+from shim.s3.transport import PROXY_FORM, Proxies, Proxy, Transport, Trust
 from tests.fakes.s3_double import Exchange, Fault, Object, S3Double, drop, refuse
 from tests.s3_clients import build_harness, running_double
 from tests.s3_servers import make_certificate
@@ -461,11 +467,98 @@ def test_a_login_for_the_proxy_is_decoded_and_hidden() -> None:
     assert login not in repr(proxy)
 
 
-@pytest.mark.parametrize("url", ["https://user:SECRET@proxy.test", "socks5://p:1", "http://"])
-def test_a_proxy_of_another_kind_is_refused_without_telling_its_password(url: str) -> None:
-    with pytest.raises(TransportError, match="http_proxy is not of the form") as caught:
-        Proxies({"http_proxy": url}).resolve(scheme="http", host="a.com", port=80)
-    assert "SECRET" not in str(caught.value)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "password",
+    [
+        "s3cr#et",
+        "s3/cret",
+        "s3[cret",
+        "s3]cret",
+        "s3@cret",
+        "s3?cret",
+        "s3:cret",
+        "://",
+        "%23",
+        "\udcff",
+    ],
+)
+def test_a_password_may_hold_any_character(password: str, scheme: str) -> None:
+    environ = {"https_proxy": f"{scheme}://user:{password}@proxy.test:3128"}
+    proxy = Proxies(environ).resolve(scheme="https", host="a.com", port=443)
+    login = b"user:" + os.fsencode(password.replace("%23", "#"))
+    assert proxy == Proxy(
+        host="proxy.test",
+        port=3128,
+        authorization=f"Basic {base64.b64encode(login).decode()}",
+        scheme=scheme,
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "socks5://user:SECRET@proxy.test:1",
+        "http://",
+        "http://user:SECRET@",
+        "http://user:SECRET@proxy.test:port",
+        "http://user:SECRET@proxy.test:0",
+        "http://user:SECRET@proxy.test:65536",
+        f"http://user:SECRET@proxy.test:{'9' * 5000}",
+        "http://proxy.test:SECRET",
+        "http://[::1",
+        "http://user:SECRET@[::1",
+        "http://a..b:9",
+        f"http://user:SECRET@{'a' * 64}.test",
+        "http://pro xy:9",
+        "http://user:SECRET@pr\xf6xy.test",
+        "http://\udcff",
+    ],
+)
+@pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY"])
+def test_what_is_no_proxy_is_refused_by_the_name_of_its_variable(name: str, url: str) -> None:
+    with pytest.raises(SettingInvalid) as caught:
+        Proxies({name: url})
+    expected = f"{name}: expected {PROXY_FORM}, found a text of {len(url)} characters"
+    assert expected == str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+BYPASSED = {
+    "a network": ("10.0.0.0/8", "10.1.2.3", True),
+    "not in the network": ("10.0.0.0/8", "11.1.2.3", False),
+    "an address of the network names it": ("10.1.1.1/8", "10.9.9.9", True),
+    "an IPv6 network": ("fd00::/8", "fd12::1", True),
+    "not in the IPv6 network": ("fd00::/8", "fe12::1", False),
+    "an IPv6 network, an IPv4 host": ("::/0", "10.1.2.3", False),
+    "an address": ("10.0.0.1", "10.0.0.1", True),
+    "another address": ("10.0.0.1", "10.0.0.11", False),
+    "an IPv6 address": ("2001:db8:0:0:0:0:0:1", "2001:db8::1", True),
+    "in brackets, with port": ("[2001:db8::1]:80", "2001:db8::1", True),
+    "in brackets, another port": ("[2001:db8::1]:81", "2001:db8::1", False),
+    "an address with port": ("10.0.0.1:80", "10.0.0.1", True),
+    "an address, another port": ("10.0.0.1:81", "10.0.0.1", False),
+    "the end of an address": ("0.0.1", "10.0.0.1", False),
+    "a name like an address": ("10.0.0.0/8", "10.0.0.1.example", False),
+    "a leading dot": (".example.com", "s3.example.com", True),
+    "a leading dot, the name itself": (".example.com", "example.com", True),
+    "a leading star": ("*.example.com", "s3.example.com", True),
+    "in capitals": ("EXAMPLE.com", "s3.example.com", True),
+    "with a dot at the end": ("example.com", "s3.example.com.", True),
+    "a name with another port": ("example.com:81", "s3.example.com", False),
+    "one of several": ("a.com, 10.0.0.0/8 b.com", "b.com", True),
+    "all, beside others": ("a.com,*", "b.com", True),
+    "nonsense": ("[,],::,:,/,1/1,.,%", "b.com", False),
+    "nonsense, an address": ("[,],::,:,/,1/1,.,%", "10.0.0.1", False),
+}
+
+
+@pytest.mark.parametrize(("no_proxy", "host", "expected"), BYPASSED.values(), ids=BYPASSED)
+def test_no_proxy_lists_names_addresses_and_networks(
+    no_proxy: str, host: str, expected: bool
+) -> None:
+    proxies = Proxies({"http_proxy": PROXY, "no_proxy": no_proxy})
+    assert expected is (proxies.resolve(scheme="http", host=host, port=80) is None)
 
 
 def pump(source: socket.socket, sink: socket.socket) -> None:
@@ -499,9 +592,19 @@ def serve_as_proxy(client: socket.socket, target: int, heads: list[bytes], refus
 
 
 @contextmanager
-def running_proxy(target: int, *, refusal: bytes = b"") -> Iterator[tuple[int, list[bytes]]]:
+def running_proxy(
+    target: int, *, refusal: bytes = b"", tls: ssl.SSLContext | None = None
+) -> Iterator[tuple[int, list[bytes]]]:
     """Run a proxy that leads everywhere to one port of this machine; list the heads it saw."""
     heads: list[bytes] = []
+
+    def serve(client: socket.socket) -> None:
+        try:
+            secured = tls.wrap_socket(client, server_side=True) if tls else client
+        except OSError:
+            client.close()
+            return
+        serve_as_proxy(secured, target, heads, refusal)
 
     def accept() -> None:
         while True:
@@ -509,8 +612,7 @@ def running_proxy(target: int, *, refusal: bytes = b"") -> Iterator[tuple[int, l
                 client, _ = listener.accept()
             except OSError:
                 return
-            arguments = (client, target, heads, refusal)
-            threading.Thread(target=serve_as_proxy, args=arguments, daemon=True).start()
+            threading.Thread(target=serve, args=(client,), daemon=True).start()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=accept)
@@ -520,19 +622,27 @@ def running_proxy(target: int, *, refusal: bytes = b"") -> Iterator[tuple[int, l
         thread.join()
 
 
+@pytest.mark.parametrize("over", ["", "http://", "https://"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_requests_go_through_the_proxy(scheme: str, tls: ssl.SSLContext, tmp_path: Path) -> None:
+def test_requests_go_through_the_proxy(
+    scheme: str, over: str, tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    body = bytes(range(256)) * 4096
     with running_double(tls=tls if scheme == "https" else None) as double:
         port = double.server_address[1]
-        double.buckets["bucket"]["key"] = Object(body=b"content")
-        with running_proxy(port) as (proxy_port, heads):
+        double.buckets["bucket"]["key"] = Object(body=body)
+        with running_proxy(port, tls=tls if over == "https://" else None) as (proxy_port, heads):
             environ = {
-                f"{scheme}_proxy": f"user:word@127.0.0.1:{proxy_port}",
+                f"{scheme}_proxy": f"{over}user:word@127.0.0.1:{proxy_port}",
                 "AWS_CA_BUNDLE": str(tmp_path / "certificate.pem"),
             }
             harness = build_harness(f"{scheme}://s3.example.test:{port}", environ=environ)
-            assert b"content" == harness.client.get("bucket", "key", max_bytes=10)
-            harness.client.close()
+            client = harness.client
+            assert body == client.get("bucket", "key", max_bytes=len(body))
+            if scheme == "https":  # of http, the proxy of this test rewrites one request only
+                client.put("bucket", "other", body)
+                assert body == client.get("bucket", "other", max_bytes=len(body))
+            client.close()
         expected = {
             "http": f"GET http://s3.example.test:{port}/bucket/key HTTP/1.1".encode(),
             "https": f"CONNECT s3.example.test:{port} HTTP/1.1".encode(),
@@ -541,6 +651,22 @@ def test_requests_go_through_the_proxy(scheme: str, tls: ssl.SSLContext, tmp_pat
         assert expected[scheme] == head.split(b"\r\n")[0]
         assert b"proxy-authorization: Basic dXNlcjp3b3Jk" in head
         assert "proxy-authorization" not in (double.seen[0].headers if scheme == "https" else {})
+
+
+def test_a_proxy_whose_certificate_is_not_trusted_sees_no_login(
+    tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other, _ = make_certificate(tmp_path / "other")
+    with running_proxy(1, tls=tls) as (port, heads):
+        environ = {
+            "https_proxy": f"https://user:SECRET@127.0.0.1:{port}",
+            "AWS_CA_BUNDLE": str(other),
+        }
+        harness = build_harness("https://s3.example.test:443", environ=environ)
+        with pytest.raises(CertificateError, match="The certificate of 127.0.0.1 is not trusted"):
+            harness.client.get("bucket", "key", max_bytes=10)
+    assert [] == heads
 
 
 def test_a_proxy_that_refuses_is_named(tls: ssl.SSLContext) -> None:

@@ -8,16 +8,17 @@ Rule 3: proxies come from the mapping that is handed in, and never apply to near
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
 from binascii import b2a_base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import unquote, urlsplit
 
-from shim.s3.errors import CertificateError, StaleConnection, TransportError
+from shim.s3.errors import CertificateError, SettingInvalid, StaleConnection, TransportError
 from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response
+from shim.s3.urls import parse_proxy, parse_url
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and changes them
 KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
 FETCH_LIMIT_BYTES = 1 << 20
+PROXY_FORM = "http://host:port or https://host:port, with user:password@ before the host or not"
+# An entry of no_proxy: [ADDRESS]:PORT or NAME:PORT, the port may be missing; or an IPv6 address.
+_BYPASS = re.compile(
+    r"(?:\[(?P<address>[^]]*)\]|(?P<name>[^:]*))(?::(?P<port>[0-9]+))?|(?P<bare>[^:]*:[^:]*:.*)"
+)
 
 # Where distributions keep their bundle; the first that exists is read.
 IMAGE_BUNDLES = (
@@ -92,43 +98,80 @@ class Trust:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proxy:
-    """Where to connect to instead of the request's own host."""
+    """Where to connect to instead of the request's own host; scheme: how to talk to the proxy."""
 
     host: str
     port: int
     authorization: str = field(default="", repr=False)
+    scheme: str = "http"
 
 
 class Proxies:
-    """Which proxy stands before a host: urllib's rules, over a mapping."""
+    """Which proxy stands before a host: urllib's rules, over a mapping.
+
+    no_proxy lists names, which stand for all below them too, addresses and networks
+    (10.0.0.0/8), each with a port or without, or "*".
+    """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        urls: dict[str, str] = {}
-        names = [name for name in environ if name.lower().endswith("_proxy")]
-        for name in sorted(names):  # upper case first: lower case wins, and unsets when empty
-            urls[name.lower().removesuffix("_proxy")] = environ[name]
+        """Raise SettingInvalid for a variable that names no proxy."""
+        names: dict[str, str] = {}
+        for name in sorted(environ):  # upper case first: lower case wins, and unsets when empty
+            if name.lower() in ("http_proxy", "https_proxy", "no_proxy"):
+                names[name.lower().removesuffix("_proxy")] = name
         if "REQUEST_METHOD" in environ and "http_proxy" not in environ:
-            urls.pop("http", None)  # in a CGI program HTTP_PROXY is a header field of the client's
-        self._urls = urls
+            names.pop("http", None)  # in a CGI program HTTP_PROXY is a header field of the client's
+        self._bypassed = environ[names.pop("no")].replace(",", " ").split() if "no" in names else []
+        self._proxies = {
+            scheme: _build_proxy(name, environ[name])
+            for scheme, name in names.items()
+            if environ[name]
+        }
+
+    @property
+    def need_tls(self) -> bool:
+        """Whether one of them is talked to over TLS."""
+        return any(proxy.scheme == "https" for proxy in self._proxies.values())
 
     def resolve(self, *, scheme: str, host: str, port: int) -> Proxy | None:
         """Return the proxy for a host, or None to go there directly."""
-        url = self._urls.get(scheme)
-        if not url or _is_near(host):
+        proxy = self._proxies.get(scheme)
+        if proxy is None or _is_near(host):
             return None
-        import urllib.request
+        return None if any(_covers(entry, host, port) for entry in self._bypassed) else proxy
 
-        bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
-        if bypass(f"{host}:{port}", self._urls):
-            return None
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise TransportError(f"The proxy in {scheme}_proxy is not of the form http://host:port")
-        authorization = ""
-        if parts.username is not None:
-            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            authorization = f"Basic {b2a_base64(login.encode(), newline=False).decode()}"
-        return Proxy(host=parts.hostname, port=parts.port or 80, authorization=authorization)
+
+def _build_proxy(name: str, text: str) -> Proxy:
+    try:
+        url = parse_proxy(text)
+    except ValueError:
+        raise SettingInvalid(name, expected=PROXY_FORM, found=text) from None
+    login = b"" if url.login is None else b2a_base64(url.login, newline=False)
+    return Proxy(
+        host=url.host,
+        port=url.port,
+        authorization=f"Basic {login.decode()}" if login else "",
+        scheme=url.scheme,
+    )
+
+
+def _covers(entry: str, host: str, port: int) -> bool:
+    """Tell whether an entry of no_proxy speaks of a host."""
+    import ipaddress
+
+    match = _BYPASS.fullmatch(entry)
+    if match is None or match["port"] not in (None, str(port)):
+        return False
+    name = match["address"] or match["name"] or match["bare"] or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        name = name.lower().removeprefix("*").strip(".")
+        return entry == "*" or f".{host.rstrip('.')}".endswith(f".{name}")
+    try:
+        return entry == "*" or address in ipaddress.ip_network(name, strict=False)
+    except ValueError:
+        return False
 
 
 def _look_up(host: str, port: int) -> list[Any]:
@@ -214,15 +257,16 @@ class Transport:
         proxied: bool,
     ) -> FetchResponse:
         """Make one small request, without retries; TransportError without a whole answer."""
-        parts = urlsplit(url)
-        netloc = parts.netloc.rpartition("@")[2]
+        parts = parse_url(url)
+        target = parts.target if parts.target.startswith("/") else f"/{parts.target}"
+        fields = {name.lower(): value for name, value in headers.items()}
         request = Request(
             method=method,
             scheme=parts.scheme,
-            host=parts.hostname or "",
-            port=parts.port or (443 if parts.scheme == "https" else 80),
-            target=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-            headers={"host": netloc} | {name.lower(): value for name, value in headers.items()},
+            host=parts.host,
+            port=parts.port,
+            target=target,
+            headers={"host": parts.netloc} | fields,
             body=body,
             connect_seconds=min(CONNECT_SECONDS, timeout_seconds),
             read_seconds=timeout_seconds,
@@ -280,13 +324,17 @@ class Transport:
         except OSError as error:
             reason = error.strerror or error
             raise TransportError(f"Could not connect to the endpoint {where} ({reason})") from error
+        stream: socket.socket | TlsStream = sock
         try:
+            if proxy and proxy.scheme == "https":
+                sock.settimeout(max(0.1, deadline - time.monotonic()))
+                stream = self._secure(stream, proxy.host)
             if request.type == "http":
-                return Connection(sock, request.route)
+                return Connection(stream, request.route)
             if proxy:
-                _open_tunnel(sock, request, proxy)
+                _open_tunnel(stream, request, proxy)
             sock.settimeout(max(0.1, deadline - time.monotonic()))
-            return Connection(self._secure(sock, request.host), request.route)
+            return Connection(self._secure(stream, request.host), request.route)
         except BaseException:
             sock.close()
             raise
@@ -318,7 +366,7 @@ class Transport:
                 failure = error
         raise failure
 
-    def _secure(self, sock: socket.socket, host: str) -> TlsStream:
+    def _secure(self, sock: socket.socket | TlsStream, host: str) -> TlsStream:
         import ssl
 
         from shim.s3.tls import TlsStream  # noqa: F811
@@ -342,7 +390,7 @@ def _via_proxy(head: bytes, prefix: str, proxy: Proxy) -> bytes:
     return b"%b %b%b\r\n%b%b" % (method, prefix.encode(), target, login.encode(), rest)
 
 
-def _open_tunnel(sock: socket.socket, request: Request, proxy: Proxy) -> None:
+def _open_tunnel(sock: socket.socket | TlsStream, request: Request, proxy: Proxy) -> None:
     target = f"{request.host}:{request.port}"
     headers = {"host": target}
     if proxy.authorization:
