@@ -8,6 +8,7 @@ import time
 import zlib
 from binascii import b2a_base64
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,7 +19,8 @@ from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
 from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.errors import EndpointUnresolved, S3ClientError
+from shim.s3.errors import CertificateError, EndpointUnresolved, S3ClientError
+from shim.s3.exposure import find_exposure
 from shim.s3.http1 import Response, never
 from shim.s3.operations import Operation, Service, read_headers
 from shim.s3.profiles import read_profile
@@ -182,12 +184,17 @@ def connect(
     run_helper: Callable[[list[str], float], bytes],
     cancelled: Callable[[], bool] = never,
     carried_bundle: str = "",
+    exposure: Callable[[str], str] = find_exposure,
 ) -> Store:
     """Return the store that the environment describes; nothing is contacted yet.
+
+    The profile, the source of credentials and the authorities are those of this moment: nothing
+    that is written afterwards changes them. Raises SettingInvalid, ProfileInvalid.
 
     concurrency: of requests, at most; max_connections: that are kept open, at most.
     run_helper(argv, timeout_seconds): runs a program that prints credentials.
     carried_bundle: certificates for images that have none.
+    exposure(path): says why the image's command could have written a file, "" when it could not.
     """
     endpoint_url = next(filter(None, map(environ.get, ENDPOINT_VARIABLES)), "")
     if endpoint_url.startswith("file:"):
@@ -195,14 +202,16 @@ def connect(
         if not root.is_dir():
             raise EndpointUnresolved(f"The endpoint {endpoint_url} is not a directory that exists")
         return DirectoryStore(root)
-    profile = read_profile(environ)
+    profile = read_profile(environ, exposure)
     configuration = EndpointConfiguration.from_environ(environ, profile.settings)
+    proxies = Proxies(environ)
     trust = Trust(
         environ,
         profile_bundle=profile.settings.get("ca_bundle", ""),
         carried_bundle=carried_bundle,
+        exposure=exposure,
     )
-    transport = Transport(proxies=Proxies(environ), trust=trust, max_connections=max_connections)
+    transport = Transport(proxies=proxies, trust=trust, max_connections=max_connections)
     credentials = credential_provider(
         environ,
         profile=profile,
@@ -211,7 +220,14 @@ def connect(
         run_helper=run_helper,
         now=lambda: datetime.now(UTC),
         log=log,
+        exposure=exposure,
     )
+    urls = (configuration.endpoint_url or "https:", credentials.url)
+    if proxies.need_tls or any(url.lower().startswith("https:") for url in urls):
+        with suppress(CertificateError):  # which the first connection raises again
+            trust.context()
+    for warning in (*profile.exposed, *trust.exposed):
+        log("WARNING", warning)
     return S3Client(
         Service(
             configuration=configuration,

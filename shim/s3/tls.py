@@ -12,6 +12,7 @@ from contextlib import suppress
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
 RECEIVED_BYTES = 1 << 20
 SENT_BYTES = 256 << 10
@@ -37,8 +38,10 @@ class TlsStream:
         self._scratch = memoryview(bytearray(RECORD_BYTES))
         self._unsent = memoryview(b"")
         self._accepted = 0  # bytes of a send() that are encrypted and not all sent
-        self.fileno, self.close = sock.fileno, sock.close
-        self.settimeout, self.setsockopt = sock.settimeout, sock.setsockopt
+        self.fileno: Callable[[], int] = sock.fileno
+        self.close: Callable[[], None] = sock.close
+        self.settimeout: Callable[[float | None], None] = sock.settimeout
+        self.setsockopt: Callable[[int, int, bytes], None] = sock.setsockopt
         self._outer_holds_data = sock.holds_data if isinstance(sock, TlsStream) else lambda: False
         self._shake_hands()
 
