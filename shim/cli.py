@@ -15,19 +15,21 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from shim import __version__
 from shim.command import child_environment
 from shim.durations import format_duration
-from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
+from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError, UserSafeError
 from shim.frozen import carried_bundle, describe, follow_launcher, settle, take_environment
 from shim.logs import Log
 from shim.modes import ExecMode
 from shim.runner import PlatformFailure, Runner
 from shim.runtime import Runtime, leave_setup_result
-from shim.s3.errors import S3ClientError
+from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
+from shim.s3.exposure import find_exposure, never_exposed
 from shim.s3.store import LateStore
 from shim.s3.uri import parse_s3_uri
 from shim.settings import RESULT_VARIABLES, Settings
@@ -39,6 +41,7 @@ from shim.tasks import (
     parse_tasks,
     result_key,
 )
+from shim.users import User, resolve_user
 from shim.workspace import Workspace
 
 TYPE_CHECKING = False
@@ -185,7 +188,7 @@ def style_of(arguments: argparse.Namespace) -> Style:
 
 def exit_code(error: Exception, stop: Stop, log: Log) -> int:
     """Say what happened on stderr and return the exit code that stands for it."""
-    if isinstance(error, UsageError | InvalidSettings):
+    if isinstance(error, UsageError | InvalidSettings | SettingInvalid | ProfileInvalid):
         # Not by sys.stderr: a stream that is full or closed changes no exit code.
         log.write("stderr", f"{PROGRAM}: {error}\n".encode(errors="backslashreplace"))
         return 2
@@ -239,7 +242,13 @@ class Job:
         if store is None and self.settings.names_objects:
             self._late.connect()
         mode = mode_of(self.settings)(
-            settings=self.settings, environ=environ, log=self.log, stop=stop, clock=time.monotonic
+            settings=self.settings,
+            environ=environ,
+            log=self.log,
+            stop=stop,
+            clock=time.monotonic,
+            # What a store reads to be connected, the user's code could write.
+            before_start=self._late.connect if store is None else lambda: None,
         )
         self.runner = Runner(
             settings=self.settings,
@@ -510,19 +519,36 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop
     from shim.process import run_helper
     from shim.s3.client import connect
 
+    user = _find_command_user(settings)
+
+    def run_as_command(argv: list[str], timeout_seconds: float) -> bytes:
+        if user is None:
+            raise OSError("the image's user, as whom it would run, is not known")
+        env = child_environment(environ, home=user.home)
+        return run_helper(argv, env, timedelta(seconds=timeout_seconds), user=user)
+
+    has_our_rights = user is not None and user.uid in (None, os.geteuid())
     return connect(
         environ,
         concurrency=settings.async_concurrency,
         max_connections=settings.boto_max_pool_connections,
         log=lambda level, message: log.lines([message], level=level, internal=True, task=None),
-        run_helper=lambda argv, timeout_seconds: run_helper(
-            argv,
-            env=child_environment(environ, home=None),
-            timeout=timedelta(seconds=timeout_seconds),
-        ),
+        run_helper=run_as_command,
         cancelled=lambda: stop.requested,
         carried_bundle=carried_bundle(),
+        exposure=never_exposed if has_our_rights else find_exposure,
     )
+
+
+def _find_command_user(settings: Settings) -> User | None:
+    """Return as whom the command runs, None when nobody knows; without root, it is ourselves."""
+    if os.geteuid() != 0:
+        return User()
+    try:
+        user = resolve_user(settings.user)
+    except UserSafeError:
+        return None
+    return user if settings.set_extra_groups else replace(user, groups=())
 
 
 def wait_readable(*sources: HasFileno, seconds: float | None = None) -> bool:

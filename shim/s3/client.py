@@ -7,7 +7,7 @@ import io
 import time
 import zlib
 from binascii import b2a_base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,8 +45,9 @@ PATIENCE_SECONDS = 8.0
 class S3Client:
     """Objects in S3."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, *, warnings: Sequence[str] = ()) -> None:
+        """warnings: about files that were ignored."""
+        self._service, self.warnings = service, warnings
 
     def get(self, bucket: str, key: str, *, max_bytes: int) -> bytes:
         """Return a whole object, refuse one that is longer."""
@@ -226,7 +227,8 @@ def connect(
     if proxies.need_tls or any(url.lower().startswith("https:") for url in urls):
         with suppress(CertificateError):  # which the first connection raises again
             trust.context()
-    for warning in (*profile.exposed, *trust.exposed):
+    warnings = (*profile.exposed, *trust.exposed)
+    for warning in warnings:
         log("WARNING", warning)
     return S3Client(
         Service(
@@ -237,5 +239,6 @@ def connect(
             concurrency=concurrency,
             log=log,
             cancelled=cancelled,
-        )
+        ),
+        warnings=warnings,
     )
