@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from shim.s3.client import S3Client, connect
 from shim.s3.errors import (
     Cancelled,
     CertificateError,
@@ -23,11 +24,12 @@ from shim.s3.errors import (
     SettingInvalid,
     TransportError,
 )
+from shim.s3.exposure import ADVICE
 from shim.s3.http1 import Connection, Request, Response, never, parse_head
 from shim.s3.transport import PROXY_FORM, Proxies, Proxy, Transport, Trust
 from tests.fakes.s3_double import Exchange, Fault, Object, S3Double, drop, refuse
-from tests.s3_clients import build_harness, running_double
-from tests.s3_servers import make_certificate
+from tests.s3_clients import REGION, build_harness, running_double
+from tests.s3_servers import ACCESS_KEY, SECRET_KEY, make_certificate
 from tests.support import free_port
 
 
@@ -719,6 +721,124 @@ def test_a_server_of_a_known_authority_is_trusted(
     with running_double(tls=tls) as double:
         transport = Transport(proxies=Proxies({}), trust=trust, max_connections=1)
         assert 403 == fetch(transport, f"{double.url}/bucket/key")[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+@pytest.mark.parametrize("how", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "profile"])
+def test_a_bundle_that_others_could_have_written_is_ignored(
+    tmp_path: Path, how: str, kind: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    if kind == "directory":
+        bundle.mkdir()
+    else:
+        make_certificate(tmp_path)[0].rename(bundle)
+    bundle.chmod(0o777)
+    environ, profile = ({}, str(bundle)) if how == "profile" else ({how: str(bundle)}, "")
+    trust = Trust(environ, profile_bundle=profile)
+    assert [f"{bundle} is ignored: {bundle} is writable for others than root: {ADVICE}"] == (
+        trust.exposed
+    )
+    assert str(bundle) not in trust.source
+    assert 0 == sum("localhost" in str(one) for one in trust.context().get_ca_certs())
+
+
+def test_the_next_bundle_stands_in_for_one_that_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "exposed").touch()
+    (tmp_path / "exposed").chmod(0o666)
+    certificate, _ = make_certificate(tmp_path)
+    named = {"AWS_CA_BUNDLE": f"{tmp_path}/exposed", "SSL_CERT_FILE": str(certificate)}
+    assert str(certificate) == Trust(named).source
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_DIR", "SSL_CERT_FILE"])
+def test_openssl_itself_does_not_read_what_we_ignore(
+    tmp_path: Path, variable: str, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = tmp_path / "certificate.pem"
+    hashed = ["openssl", "x509", "-noout", "-hash", "-in", str(certificate)]
+    name = subprocess.run(hashed, capture_output=True, text=True, check=True).stdout.strip()
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / f"{name}.0").write_bytes(certificate.read_bytes())
+    path = store if variable == "SSL_CERT_DIR" else store / f"{name}.0"
+    monkeypatch.setenv(variable, str(path))
+    with running_double(tls=tls) as double:
+        url = f"{double.url}/bucket/key"
+
+        def status() -> int:
+            trust = Trust({variable: str(path)})
+            return fetch(Transport(proxies=Proxies({}), trust=trust, max_connections=1), url)[0]
+
+        assert 403 == status()
+        path.chmod(0o777)
+        with pytest.raises(CertificateError):
+            status()
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed", "damaged"])
+def test_authorities_are_those_of_the_moment_of_connecting(
+    change: str, tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "certificate.pem"
+    (tmp_path / "other").mkdir()
+    other, _ = make_certificate(tmp_path / "other")
+    with running_double(tls=tls) as double:
+        double.buckets["bucket"]["key"] = Object(body=b"content")
+        store = connect(
+            {
+                "AWS_ENDPOINT_URL": double.url,
+                "AWS_CA_BUNDLE": str(bundle),
+                "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+                "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+                "AWS_REGION": REGION,
+            },
+            concurrency=1,
+            max_connections=1,
+            log=lambda level, message: None,
+            run_helper=lambda argv, seconds: b"",
+        )
+        if change == "replaced":
+            bundle.write_bytes(other.read_bytes())
+        elif change == "damaged":
+            bundle.write_text("nothing")
+        else:
+            bundle.unlink()
+        assert b"content" == store.get("bucket", "key", max_bytes=10)
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        ({"AWS_ENDPOINT_URL_S3": "https://h"}, True),
+        ({"AWS_ENDPOINT_URL_S3": "HTTPS://h"}, True),
+        ({"AWS_ENDPOINT_URL_S3": "http://h"}, False),
+        ({"AWS_ENDPOINT_URL_S3": "http://h", "https_proxy": "http://p:1"}, False),
+        ({"AWS_ENDPOINT_URL_S3": "http://h", "http_proxy": "https://p:1"}, True),
+        ({"AWS_ENDPOINT_URL_S3": "http://h", "AWS_WEB_IDENTITY_TOKEN_FILE": "t"}, True),
+        ({"AWS_ENDPOINT_URL": "http://h", "AWS_WEB_IDENTITY_TOKEN_FILE": "t"}, False),
+        ({"AWS_ENDPOINT_URL": "http://h", "AWS_CONTAINER_CREDENTIALS_FULL_URI": "https://h"}, True),
+        ({"AWS_ENDPOINT_URL": "http://h", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/"}, False),
+        (
+            {"AWS_ENDPOINT_URL": "http://h", "AWS_EC2_METADATA_SERVICE_ENDPOINT": "https://h"},
+            True,
+        ),
+    ],
+)
+def test_authorities_are_read_at_once_where_tls_may_be_used(
+    environ: dict[str, str], expected: bool
+) -> None:
+    store = connect(
+        {"HOME": "/none", **environ},
+        concurrency=1,
+        max_connections=1,
+        log=lambda level, message: None,
+        run_helper=lambda argv, seconds: b"",
+    )
+    assert isinstance(store, S3Client)
+    assert expected is (store.trust._context is not None)
 
 
 def test_a_server_of_an_unknown_authority_is_refused_at_once(
