@@ -73,6 +73,8 @@ LEAVE_SECONDS = 12.0
 ANSWER_SECONDS = 2.0
 # After the start, for the first answers to /ping to be quick; a task does not wait for it.
 QUIET_SECONDS = 1.0
+# Nothing has been started for them.
+WRONG_USAGE = (UsageError, InvalidSettings, SettingInvalid, ProfileInvalid)
 SETTINGS_MESSAGE = "The settings of the platform are not valid"
 
 
@@ -188,7 +190,7 @@ def style_of(arguments: argparse.Namespace) -> Style:
 
 def exit_code(error: Exception, stop: Stop, log: Log) -> int:
     """Say what happened on stderr and return the exit code that stands for it."""
-    if isinstance(error, UsageError | InvalidSettings | SettingInvalid | ProfileInvalid):
+    if isinstance(error, WRONG_USAGE):
         # Not by sys.stderr: a stream that is full or closed changes no exit code.
         log.write("stderr", f"{PROGRAM}: {error}\n".encode(errors="backslashreplace"))
         return 2
@@ -408,7 +410,8 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
     def connect(settings: Settings) -> Store:
         # The metadata of a machine that is none of Amazon's keep us waiting.
-        brief = {"AWS_METADATA_SERVICE_TIMEOUT": "1", "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "1"}
+        limits = ("AWS_METADATA_SERVICE_TIMEOUT", "AWS_METADATA_SERVICE_NUM_ATTEMPTS")
+        brief = {name: "1" for name in limits if environ.get(name, "1").isdecimal()}
         return connect_store(settings, {**environ, **brief}, Log(level="CRITICAL"), stop)
 
     def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
