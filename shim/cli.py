@@ -32,7 +32,7 @@ from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
 from shim.s3.exposure import find_exposure, never_exposed
 from shim.s3.store import LateStore
 from shim.s3.uri import parse_s3_uri
-from shim.settings import RESULT_VARIABLES, Settings
+from shim.settings import RESULT_VARIABLES, VARIABLES, Settings
 from shim.stopping import Stop
 from shim.tasks import (
     InferenceTask,
@@ -509,7 +509,9 @@ def read_settings(environ: Mapping[str, str], stop: Stop) -> Settings:
 def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
     """Leave a result with the variables that this takes, if they are valid by themselves."""
     needed = {name: environ[name] for name in RESULT_VARIABLES if name in environ}
-    settings = Settings.from_environ(needed)
+    # Whatever it is: who the command runs as decides which files count.
+    user = environ.get(VARIABLES["user"].name, "")
+    settings = replace(Settings.from_environ(needed), user=user)
     if settings.runtime_output_bucket_name is not None:
         log = Log(level=settings.log_level)
         result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)

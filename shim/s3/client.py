@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import time
 import zlib
 from binascii import b2a_base64
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from shim.s3.checksums import Checksum, encode_crc32
 from shim.s3.credentials import credential_provider
@@ -19,7 +20,12 @@ from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
 from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.errors import CertificateError, EndpointUnresolved, S3ClientError
+from shim.s3.errors import (
+    CertificateError,
+    EndpointUnresolved,
+    S3ClientError,
+    SettingInvalid,
+)
 from shim.s3.exposure import find_exposure
 from shim.s3.http1 import Response, never
 from shim.s3.operations import Operation, Service, read_headers
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 PAGE_LIMIT_BYTES = 16 << 20
 # By precedence, as for other endpoints: a profile cannot name a directory.
 ENDPOINT_VARIABLES = ("AWS_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_FILE_URL = re.compile(r"file:(?://(?:localhost)?(?=/)|(?!//))(/.*)", re.DOTALL)
 PATIENCE_SECONDS = 8.0
 
 
@@ -197,12 +204,9 @@ def connect(
     carried_bundle: certificates for images that have none.
     exposure(path): says why the image's command could have written a file, "" when it could not.
     """
-    endpoint_url = next(filter(None, map(environ.get, ENDPOINT_VARIABLES)), "")
-    if endpoint_url.startswith("file:"):
-        root = Path(unquote(urlsplit(endpoint_url).path))
-        if not root.is_dir():
-            raise EndpointUnresolved(f"The endpoint {endpoint_url} is not a directory that exists")
-        return DirectoryStore(root)
+    name = next(filter(environ.get, ENDPOINT_VARIABLES), "")
+    if environ.get(name, "").startswith("file:"):
+        return _open_directory(name, environ[name])
     profile = read_profile(environ, exposure)
     configuration = EndpointConfiguration.from_environ(environ, profile.settings)
     proxies = Proxies(environ)
@@ -242,3 +246,13 @@ def connect(
         ),
         warnings=warnings,
     )
+
+
+def _open_directory(name: str, url: str) -> DirectoryStore:
+    match = _FILE_URL.fullmatch(url)
+    if match is None:
+        raise SettingInvalid(name, expected="file:///directory", found=url)
+    root = Path(unquote(match[1]))
+    if not root.is_dir():
+        raise EndpointUnresolved(f"The endpoint {url} is not a directory that exists")
+    return DirectoryStore(root)

@@ -110,17 +110,50 @@ def test_a_profile_planted_in_a_former_life_is_ignored_with_a_warning(
 ) -> None:
     attacked.script("id -u")
     attacked.set(API_METHOD=method, START_AND_HEALTH_TIMEOUT_SECONDS=1)
+    plant_in_a_former_life(attacked)
     home = attacked.root / "home"
-    (home / ".aws").mkdir()
-    (home / ".aws/config").write_text(credential_process(attacked))
-    for path in (home / ".aws", home / ".aws/config"):
-        os.chown(path, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
     job = run(attacked, command)
     assert {} == seen(attacked)
     warnings = "\n".join(job.texts(level="WARNING", internal=True))
     assert f"{home}/.aws/config is ignored: {home} belongs to uid {UNPRIVILEGED_UID}" in warnings
     if command != "check":
         assert (0 if method == "exec" else 1) == attacked.setup_result()["return_code"]
+
+
+def plant_in_a_former_life(platform: Platform) -> None:
+    home = platform.root / "home"
+    (home / ".aws").mkdir()
+    (home / ".aws/config").write_text(credential_process(platform))
+    for path in (home / ".aws", home / ".aws/config"):
+        os.chown(path, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+
+
+@pytest.mark.parametrize("user", [f"{UNPRIVILEGED_UID}", "no-such-user", "\udcff"])
+@pytest.mark.parametrize("command", ["invoke", "serve"])
+def test_a_planted_profile_is_not_read_to_say_that_a_setting_is_wrong(
+    attacked: Platform, command: str, user: str
+) -> None:
+    plant_in_a_former_life(attacked)
+    attacked.script("true")
+    attacked.set(USER=user, MAX_MEMORY_MB="much")
+    arguments = ["-t", json.dumps([attacked.task()])] if command == "invoke" else []
+    assert 2 == attacked.run(command, *arguments).code
+    assert {} == seen(attacked)
+    assert 1 == attacked.setup_result()["return_code"]
+
+
+def test_a_credential_process_of_a_user_that_does_not_exist_is_not_run(attacked: Platform) -> None:
+    del attacked.environ["AWS_CONTAINER_CREDENTIALS_FULL_URI"]
+    plant_in_a_former_life(attacked)
+    home = attacked.root / "home"
+    for path in (home, home / ".aws", home / ".aws/config"):
+        os.chown(path, 0, 0)
+    attacked.set(USER="no-such-user")
+    attacked.script("true")
+    job = attacked.invoke(attacked.task())
+    assert 1 == job.code
+    assert {} == seen(attacked)
+    assert "as whom it would run, is not known" in job.stderr
 
 
 def run(platform: Platform, command: str) -> Finished:
