@@ -15,22 +15,24 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from shim import __version__
 from shim.command import child_environment
 from shim.durations import format_duration
-from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
+from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError, UserSafeError
 from shim.frozen import carried_bundle, describe, follow_launcher, settle, take_environment
 from shim.logs import Log
 from shim.modes import ExecMode
 from shim.runner import PlatformFailure, Runner
 from shim.runtime import Runtime, leave_setup_result
-from shim.s3.errors import S3ClientError
+from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
+from shim.s3.exposure import find_exposure, never_exposed
 from shim.s3.store import LateStore
 from shim.s3.uri import parse_s3_uri
-from shim.settings import RESULT_VARIABLES, Settings
+from shim.settings import RESULT_VARIABLES, VARIABLES, Settings
 from shim.stopping import Stop
 from shim.tasks import (
     InferenceTask,
@@ -39,6 +41,7 @@ from shim.tasks import (
     parse_tasks,
     result_key,
 )
+from shim.users import User, resolve_user
 from shim.workspace import Workspace
 
 TYPE_CHECKING = False
@@ -70,6 +73,8 @@ LEAVE_SECONDS = 12.0
 ANSWER_SECONDS = 2.0
 # After the start, for the first answers to /ping to be quick; a task does not wait for it.
 QUIET_SECONDS = 1.0
+# Nothing has been started for them.
+WRONG_USAGE = (UsageError, InvalidSettings, SettingInvalid, ProfileInvalid)
 SETTINGS_MESSAGE = "The settings of the platform are not valid"
 
 
@@ -185,7 +190,7 @@ def style_of(arguments: argparse.Namespace) -> Style:
 
 def exit_code(error: Exception, stop: Stop, log: Log) -> int:
     """Say what happened on stderr and return the exit code that stands for it."""
-    if isinstance(error, UsageError | InvalidSettings):
+    if isinstance(error, WRONG_USAGE):
         # Not by sys.stderr: a stream that is full or closed changes no exit code.
         log.write("stderr", f"{PROGRAM}: {error}\n".encode(errors="backslashreplace"))
         return 2
@@ -239,7 +244,13 @@ class Job:
         if store is None and self.settings.names_objects:
             self._late.connect()
         mode = mode_of(self.settings)(
-            settings=self.settings, environ=environ, log=self.log, stop=stop, clock=time.monotonic
+            settings=self.settings,
+            environ=environ,
+            log=self.log,
+            stop=stop,
+            clock=time.monotonic,
+            # What a store reads to be connected, the user's code could write.
+            before_start=self._late.connect if store is None else lambda: None,
         )
         self.runner = Runner(
             settings=self.settings,
@@ -399,7 +410,8 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
     def connect(settings: Settings) -> Store:
         # The metadata of a machine that is none of Amazon's keep us waiting.
-        brief = {"AWS_METADATA_SERVICE_TIMEOUT": "1", "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "1"}
+        limits = ("AWS_METADATA_SERVICE_TIMEOUT", "AWS_METADATA_SERVICE_NUM_ATTEMPTS")
+        brief = {name: "1" for name in limits if environ.get(name, "1").isdecimal()}
         return connect_store(settings, {**environ, **brief}, Log(level="CRITICAL"), stop)
 
     def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
@@ -497,7 +509,9 @@ def read_settings(environ: Mapping[str, str], stop: Stop) -> Settings:
 def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
     """Leave a result with the variables that this takes, if they are valid by themselves."""
     needed = {name: environ[name] for name in RESULT_VARIABLES if name in environ}
-    settings = Settings.from_environ(needed)
+    # Whatever it is: who the command runs as decides which files count.
+    user = environ.get(VARIABLES["user"].name, "")
+    settings = replace(Settings.from_environ(needed), user=user)
     if settings.runtime_output_bucket_name is not None:
         log = Log(level=settings.log_level)
         result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
@@ -510,19 +524,36 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop
     from shim.process import run_helper
     from shim.s3.client import connect
 
+    user = _find_command_user(settings)
+
+    def run_as_command(argv: list[str], timeout_seconds: float) -> bytes:
+        if user is None:
+            raise OSError("the image's user, as whom it would run, is not known")
+        env = child_environment(environ, home=user.home)
+        return run_helper(argv, env, timedelta(seconds=timeout_seconds), user=user)
+
+    has_our_rights = user is not None and user.uid in (None, os.geteuid())
     return connect(
         environ,
         concurrency=settings.async_concurrency,
         max_connections=settings.boto_max_pool_connections,
         log=lambda level, message: log.lines([message], level=level, internal=True, task=None),
-        run_helper=lambda argv, timeout_seconds: run_helper(
-            argv,
-            env=child_environment(environ, home=None),
-            timeout=timedelta(seconds=timeout_seconds),
-        ),
+        run_helper=run_as_command,
         cancelled=lambda: stop.requested,
         carried_bundle=carried_bundle(),
+        exposure=never_exposed if has_our_rights else find_exposure,
     )
+
+
+def _find_command_user(settings: Settings) -> User | None:
+    """Return as whom the command runs, None when nobody knows; without root, it is ourselves."""
+    if os.geteuid() != 0:
+        return User()
+    try:
+        user = resolve_user(settings.user)
+    except UserSafeError:
+        return None
+    return user if settings.set_extra_groups else replace(user, groups=())
 
 
 def wait_readable(*sources: HasFileno, seconds: float | None = None) -> bool:

@@ -104,7 +104,10 @@ class BaseMode:
         log: Log,
         stop: Stop,
         clock: Callable[[], float],
+        before_start: Callable[[], object],
     ) -> None:
+        """before_start(): what must be done before any of the user's code has run."""
+        self._before_start = before_start
         self._settings = settings
         self._environ = environ
         self._log = log
@@ -117,6 +120,7 @@ class BaseMode:
         from shim.relay import Relay
 
         spec = resolve_spec(self._settings, self._environ)
+        self._before_start()
         self._log.info(f"Running {list(spec.argv)}")
         relay = Relay(self._log, task=task)
         process = start(spec)

@@ -289,6 +289,8 @@ def check_storage(situation: Situation) -> Iterator[Finding]:
     try:
         is_ready = True
         if isinstance(store, S3Client):
+            for warning in store.warnings:
+                yield Finding(WARNING, "storage", warning)
             yield from _check_authorities(store, situation)
             is_ready = yield from _check_credentials(store, situation)
         else:

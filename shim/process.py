@@ -69,13 +69,15 @@ def start(spec: ProcessSpec, *, memory_events: MemoryEvents | None = None) -> Pr
         raise UserSafeError(_explain(error, spec)) from error
 
 
-def run_helper(argv: Sequence[str], env: Mapping[str, str], timeout: timedelta) -> bytes:
-    """Run a program of the platform's, as ourselves, and return what it wrote to stdout.
+def run_helper(
+    argv: Sequence[str], env: Mapping[str, str], timeout: timedelta, *, user: User | None = None
+) -> bytes:
+    """Run a program as a user, by default as ourselves, and return what it wrote to stdout.
 
     Raises OSError: it could not be started, failed (with the end of its stderr), wrote more than
     1 MiB, or did not end in time (TimeoutError).
     """
-    process = Process(launch(ProcessSpec(argv=tuple(argv), env=env, user=User())))
+    process = Process(launch(ProcessSpec(argv=tuple(argv), env=env, user=user or User())))
     deadline = time.monotonic() + timeout.total_seconds()
     try:
         output = _read_all((process.stdout_fd, process.stderr_fd), deadline=deadline)

@@ -11,7 +11,7 @@ import pytest
 
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
-from shim.s3.errors import EndpointUnresolved, S3ClientError, ServiceError
+from shim.s3.errors import EndpointUnresolved, S3ClientError, ServiceError, SettingInvalid
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Download, Transfers, Upload
 
@@ -37,9 +37,22 @@ def connect_to(environ: dict[str, str]) -> Any:
 def test_a_file_url_selects_the_directory(tmp_path: Path, variable: str) -> None:
     (tmp_path / "with space").mkdir()
     # A profile that is missing does not matter: nothing is asked of AWS.
-    store = connect_to({variable: f"file://{tmp_path}/with%20space", "AWS_PROFILE": "missing"})
-    store.put("bucket", "a/b", b"body")
-    assert b"body" == (tmp_path / "with space" / "bucket" / "a" / "b").read_bytes()
+    for start in ("file://", "file:", "file://localhost", "file:///"):
+        url = f"{start}{tmp_path}/with%20space"
+        store = connect_to({variable: url, "AWS_PROFILE": "missing"})
+        store.put("bucket", "a/b", start.encode())
+        found = (tmp_path / "with space" / "bucket" / "a" / "b").read_bytes()
+        assert start.encode() == found
+
+
+@pytest.mark.parametrize(
+    "url", ["file:", "file://", "file:dir", "file://user:hidden@h/d", "file://[hidden"]
+)
+def test_a_file_url_that_names_no_directory_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(SettingInvalid) as refused:
+        connect_to({"AWS_ENDPOINT_URL": url})
+    expected = "AWS_ENDPOINT_URL: expected file:///directory, found a text of"
+    assert f"{expected} {len(url)} characters" == str(refused.value)
 
 
 @pytest.mark.parametrize("what", ["nothing", "a file"])

@@ -19,6 +19,7 @@ from botocore.endpoint_provider import EndpointProvider
 
 from shim.s3.endpoints import (
     PARTITIONS,
+    URL_FORM,
     Endpoint,
     EndpointConfiguration,
     configured_endpoint_url,
@@ -26,7 +27,7 @@ from shim.s3.endpoints import (
     resolve,
     resolve_sts_url,
 )
-from shim.s3.errors import EndpointUnresolved
+from shim.s3.errors import EndpointUnresolved, SettingInvalid
 from shim.s3.profiles import read_profile
 from shim.s3.uri import is_bucket_name
 from tests.oracles import read_botocore_json
@@ -131,6 +132,8 @@ def test_resolves_the_cases_of_botocore() -> None:
         expected = expect.get("error") or describe_rule_set(
             expect["endpoint"]["url"], expect["endpoint"]["properties"]
         )
+        if "was not a valid URI" in expected:
+            expected = f"Custom endpoint was not a valid URI: {URL_FORM}"  # it may hold a password
         assert expected == outcome(case["params"]), case["documentation"]
         checked += 1
     assert 184 == checked
@@ -364,7 +367,7 @@ def test_takes_the_region_of_the_profile_last() -> None:
 
 @pytest.mark.parametrize("region", ["eu west", "-eu", "eu/x", "a.b", "x" * 64, "eu\n"])
 def test_refuses_a_region_that_is_no_host_label(region: str) -> None:
-    with pytest.raises(EndpointUnresolved, match="doesn't match a supported format"):
+    with pytest.raises(SettingInvalid, match="AWS_DEFAULT_REGION: expected a region such as"):
         configure({"AWS_DEFAULT_REGION": region})
     with pytest.raises(EndpointUnresolved, match="region was not a valid DNS name"):
         resolve(EndpointConfiguration(), "bucket", region)
@@ -373,17 +376,22 @@ def test_refuses_a_region_that_is_no_host_label(region: str) -> None:
 @pytest.mark.parametrize(
     "url",
     ["minio:9000", "minio", "ftp://minio", "http://", "http://h:x", "http://h:99999", "http://[::1",
-     "http://h?x=1", "http://a b", "http://h\r\nX: y"],
+     "http://h?x=1", "http://a b", "http://h\r\nX: y", "http://a..b:9", "http://h:0", "http://h#x",
+     "http://user:hidden@minio", "http://us/er:hidden@minio", f"http://{'a' * 64}", "http://\udcff",
+     "http://h/\udcff", f"http://h:{'9' * 5000}"],
 )  # fmt: skip
-def test_refuses_an_endpoint_that_is_no_url(url: str) -> None:
+def test_refuses_an_endpoint_that_is_no_url_and_does_not_show_it(url: str) -> None:
     with pytest.raises(EndpointUnresolved, match="was not a valid URI"):
         resolve(EndpointConfiguration(endpoint_url=url), "bucket")
-
-
-def test_does_not_show_the_password_of_an_endpoint() -> None:
-    with pytest.raises(EndpointUnresolved) as refused:
-        resolve(EndpointConfiguration(endpoint_url="http://user:hidden@minio"), "bucket")
-    assert "hidden" not in str(refused.value)
+    length = f"found a text of {len(url)} characters"
+    for environ, profile, name in (
+        ({"AWS_ENDPOINT_URL": url}, {}, "AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL_S3": url}, {}, "AWS_ENDPOINT_URL_S3"),
+        ({}, {"endpoint_url": url}, "endpoint_url of the profile"),
+    ):
+        with pytest.raises(SettingInvalid) as refused:
+            configure(environ, **profile)
+        assert f"{name}: expected {URL_FORM}, {length}" == str(refused.value)
 
 
 @pytest.mark.parametrize(

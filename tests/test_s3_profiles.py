@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import botocore.session
 import pytest
 
 from shim.s3.errors import ProfileInvalid
+from shim.s3.exposure import never_exposed
 from shim.s3.profiles import MAX_FILE_BYTES, read_profile
+from tests.support import UNPRIVILEGED_UID, needs_root
 
 CONFIG = """\
 # a comment
@@ -173,3 +176,79 @@ def test_names_a_services_section_that_is_missing(tmp_path: Path) -> None:
 
 def test_shows_no_secret(environ: dict[str, str]) -> None:
     assert "hidden" not in repr(read_profile(environ))
+
+
+@needs_root
+@pytest.mark.parametrize("variable", ["AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HOME"])
+def test_a_file_that_others_could_have_written_is_ignored(variable: str, tmp_path: Path) -> None:
+    (tmp_path / ".aws").mkdir()
+    for name in ("config", "credentials"):
+        (tmp_path / ".aws" / name).write_text("[default]\nregion = hidden\n")
+    named = tmp_path / ".aws" / ("credentials" if "SHARED" in variable else "config")
+    os.chown(named if variable != "HOME" else tmp_path, UNPRIVILEGED_UID, 0)
+    none = {"HOME": "/none"} if variable != "HOME" else {}
+    profile = read_profile({variable: str(named if none else tmp_path), **none})
+    assert {} == profile.settings
+    assert f"{named} is ignored: " in profile.exposed[0]
+    assert len(profile.exposed) == (1 if none else 2)
+    assert "hidden" == read_profile({"HOME": str(tmp_path)}, never_exposed).settings["region"]
+
+
+@needs_root
+def test_a_profile_that_is_asked_for_and_ignored_is_named_with_the_reason(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "config").chmod(0o666)
+    with pytest.raises(
+        ProfileInvalid, match=r"\(two words\) could not be found; .*config is ignor"
+    ):
+        read_profile(environ | {"AWS_PROFILE": "two words"})
+
+
+# Run as somebody else: root reads everything.
+UNREADABLE = """
+import os, sys
+os.setgroups([]); os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)
+from datetime import UTC, datetime
+from shim.s3.credentials import credential_provider
+from shim.s3.errors import S3ClientError
+from shim.s3.profiles import read_profile
+environ = dict(item.split("=", 1) for item in sys.argv[1:])
+profile = read_profile(environ)
+provider = credential_provider(
+    environ, profile=profile, region=None, fetch=None, run_helper=None,
+    now=lambda: datetime.now(UTC), log=print)
+try:
+    provider.get()
+except S3ClientError as error:
+    print(error)
+"""
+
+
+def find_as_another_user(*variables: str) -> str:
+    root = Path(__file__).parents[1]
+    argv = ["/usr/bin/python3", "-c", UNREADABLE, "AWS_EC2_METADATA_DISABLED=true", *variables]
+    return subprocess.run(argv, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["home", "file"])
+def test_an_unreadable_file_counts_as_absent_and_is_named_where_nothing_else_is(
+    what: str, tmp_path: Path
+) -> None:
+    for directory in tmp_path.parents:
+        if directory.stat().st_mode & 0o005 != 0o005:
+            directory.chmod(0o755)
+    config = tmp_path / ".aws/config"
+    config.parent.mkdir()
+    config.write_text("[default]\nregion = eu-west-1\n")
+    config.chmod(0o600)
+    tmp_path.chmod(0o700 if what == "home" else 0o755)
+    home = f"HOME={tmp_path}"
+    expected = "INFO Credentials come from the environment; region: not set\n"
+    found = find_as_another_user(home, "AWS_ACCESS_KEY_ID=A", "AWS_SECRET_ACCESS_KEY=s")
+    assert expected == found
+    reasons = [f"Unable to read {config}: Permission denied"]
+    if what == "home":
+        reasons.append(f"Unable to read {tmp_path}/.aws/credentials: Permission denied")
+    assert "; ".join(["Unable to locate credentials", *reasons]) == find_as_another_user(home)[:-1]

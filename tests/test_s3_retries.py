@@ -357,7 +357,12 @@ def test_attempts_are_configured_as_for_botocore(
 
 @pytest.mark.parametrize(
     "environ",
-    [{"AWS_MAX_ATTEMPTS": "0"}, {"AWS_MAX_ATTEMPTS": "many"}, {"AWS_RETRY_MODE": "fast"}],
+    [
+        {"AWS_MAX_ATTEMPTS": "0"},
+        {"AWS_MAX_ATTEMPTS": "many"},
+        {"AWS_RETRY_MODE": "fast"},
+        {"AWS_MAX_ATTEMPTS": "9" * 5000},
+    ],
     ids=str,
 )
 def test_settings_that_mean_nothing_are_named(environ: dict[str, str]) -> None:

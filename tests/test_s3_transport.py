@@ -16,12 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from shim.s3.errors import Cancelled, CertificateError, ServiceError, TransportError
+from shim.s3.client import S3Client, connect
+from shim.s3.errors import (
+    Cancelled,
+    CertificateError,
+    ServiceError,
+    SettingInvalid,
+    TransportError,
+)
+from shim.s3.exposure import ADVICE
 from shim.s3.http1 import Connection, Request, Response, never, parse_head
-from shim.s3.transport import Proxies, Proxy, Transport, Trust
+from shim.s3.transport import PROXY_FORM, Proxies, Proxy, Transport, Trust
 from tests.fakes.s3_double import Exchange, Fault, Object, S3Double, drop, refuse
-from tests.s3_clients import build_harness, running_double
-from tests.s3_servers import make_certificate
+from tests.s3_clients import REGION, build_harness, running_double
+from tests.s3_servers import ACCESS_KEY, SECRET_KEY, make_certificate
 from tests.support import free_port
 
 
@@ -465,11 +473,98 @@ def test_a_login_for_the_proxy_is_decoded_and_hidden() -> None:
     assert login not in repr(proxy)
 
 
-@pytest.mark.parametrize("url", ["https://user:SECRET@proxy.test", "socks5://p:1", "http://"])
-def test_a_proxy_of_another_kind_is_refused_without_telling_its_password(url: str) -> None:
-    with pytest.raises(TransportError, match="http_proxy is not of the form") as caught:
-        Proxies({"http_proxy": url}).resolve(scheme="http", host="a.com", port=80)
-    assert "SECRET" not in str(caught.value)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "password",
+    [
+        "s3cr#et",
+        "s3/cret",
+        "s3[cret",
+        "s3]cret",
+        "s3@cret",
+        "s3?cret",
+        "s3:cret",
+        "://",
+        "%23",
+        "\udcff",
+    ],
+)
+def test_a_password_may_hold_any_character(password: str, scheme: str) -> None:
+    environ = {"https_proxy": f"{scheme}://user:{password}@proxy.test:3128"}
+    proxy = Proxies(environ).resolve(scheme="https", host="a.com", port=443)
+    login = b"user:" + os.fsencode(password.replace("%23", "#"))
+    assert proxy == Proxy(
+        host="proxy.test",
+        port=3128,
+        authorization=f"Basic {base64.b64encode(login).decode()}",
+        scheme=scheme,
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "socks5://user:SECRET@proxy.test:1",
+        "http://",
+        "http://user:SECRET@",
+        "http://user:SECRET@proxy.test:port",
+        "http://user:SECRET@proxy.test:0",
+        "http://user:SECRET@proxy.test:65536",
+        f"http://user:SECRET@proxy.test:{'9' * 5000}",
+        "http://proxy.test:SECRET",
+        "http://[::1",
+        "http://user:SECRET@[::1",
+        "http://a..b:9",
+        f"http://user:SECRET@{'a' * 64}.test",
+        "http://pro xy:9",
+        "http://user:SECRET@pr\xf6xy.test",
+        "http://\udcff",
+    ],
+)
+@pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY"])
+def test_what_is_no_proxy_is_refused_by_the_name_of_its_variable(name: str, url: str) -> None:
+    with pytest.raises(SettingInvalid) as caught:
+        Proxies({name: url})
+    expected = f"{name}: expected {PROXY_FORM}, found a text of {len(url)} characters"
+    assert expected == str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+BYPASSED = {
+    "a network": ("10.0.0.0/8", "10.1.2.3", True),
+    "not in the network": ("10.0.0.0/8", "11.1.2.3", False),
+    "an address of the network names it": ("10.1.1.1/8", "10.9.9.9", True),
+    "an IPv6 network": ("fd00::/8", "fd12::1", True),
+    "not in the IPv6 network": ("fd00::/8", "fe12::1", False),
+    "an IPv6 network, an IPv4 host": ("::/0", "10.1.2.3", False),
+    "an address": ("10.0.0.1", "10.0.0.1", True),
+    "another address": ("10.0.0.1", "10.0.0.11", False),
+    "an IPv6 address": ("2001:db8:0:0:0:0:0:1", "2001:db8::1", True),
+    "in brackets, with port": ("[2001:db8::1]:80", "2001:db8::1", True),
+    "in brackets, another port": ("[2001:db8::1]:81", "2001:db8::1", False),
+    "an address with port": ("10.0.0.1:80", "10.0.0.1", True),
+    "an address, another port": ("10.0.0.1:81", "10.0.0.1", False),
+    "the end of an address": ("0.0.1", "10.0.0.1", False),
+    "a name like an address": ("10.0.0.0/8", "10.0.0.1.example", False),
+    "a leading dot": (".example.com", "s3.example.com", True),
+    "a leading dot, the name itself": (".example.com", "example.com", True),
+    "a leading star": ("*.example.com", "s3.example.com", True),
+    "in capitals": ("EXAMPLE.com", "s3.example.com", True),
+    "with a dot at the end": ("example.com", "s3.example.com.", True),
+    "a name with another port": ("example.com:81", "s3.example.com", False),
+    "one of several": ("a.com, 10.0.0.0/8 b.com", "b.com", True),
+    "all, beside others": ("a.com,*", "b.com", True),
+    "nonsense": ("[,],::,:,/,1/1,.,%", "b.com", False),
+    "nonsense, an address": ("[,],::,:,/,1/1,.,%", "10.0.0.1", False),
+}
+
+
+@pytest.mark.parametrize(("no_proxy", "host", "expected"), BYPASSED.values(), ids=BYPASSED)
+def test_no_proxy_lists_names_addresses_and_networks(
+    no_proxy: str, host: str, expected: bool
+) -> None:
+    proxies = Proxies({"http_proxy": PROXY, "no_proxy": no_proxy})
+    assert expected is (proxies.resolve(scheme="http", host=host, port=80) is None)
 
 
 def pump(source: socket.socket, sink: socket.socket) -> None:
@@ -503,9 +598,19 @@ def serve_as_proxy(client: socket.socket, target: int, heads: list[bytes], refus
 
 
 @contextmanager
-def running_proxy(target: int, *, refusal: bytes = b"") -> Iterator[tuple[int, list[bytes]]]:
+def running_proxy(
+    target: int, *, refusal: bytes = b"", tls: ssl.SSLContext | None = None
+) -> Iterator[tuple[int, list[bytes]]]:
     """Run a proxy that leads everywhere to one port of this machine; list the heads it saw."""
     heads: list[bytes] = []
+
+    def serve(client: socket.socket) -> None:
+        try:
+            secured = tls.wrap_socket(client, server_side=True) if tls else client
+        except OSError:
+            client.close()
+            return
+        serve_as_proxy(secured, target, heads, refusal)
 
     def accept() -> None:
         while True:
@@ -513,8 +618,7 @@ def running_proxy(target: int, *, refusal: bytes = b"") -> Iterator[tuple[int, l
                 client, _ = listener.accept()
             except OSError:
                 return
-            arguments = (client, target, heads, refusal)
-            threading.Thread(target=serve_as_proxy, args=arguments, daemon=True).start()
+            threading.Thread(target=serve, args=(client,), daemon=True).start()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=accept)
@@ -524,19 +628,27 @@ def running_proxy(target: int, *, refusal: bytes = b"") -> Iterator[tuple[int, l
         thread.join()
 
 
+@pytest.mark.parametrize("over", ["", "http://", "https://"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_requests_go_through_the_proxy(scheme: str, tls: ssl.SSLContext, tmp_path: Path) -> None:
+def test_requests_go_through_the_proxy(
+    scheme: str, over: str, tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    body = bytes(range(256)) * 4096
     with running_double(tls=tls if scheme == "https" else None) as double:
         port = double.server_address[1]
-        double.buckets["bucket"]["key"] = Object(body=b"content")
-        with running_proxy(port) as (proxy_port, heads):
+        double.buckets["bucket"]["key"] = Object(body=body)
+        with running_proxy(port, tls=tls if over == "https://" else None) as (proxy_port, heads):
             environ = {
-                f"{scheme}_proxy": f"user:word@127.0.0.1:{proxy_port}",
+                f"{scheme}_proxy": f"{over}user:word@127.0.0.1:{proxy_port}",
                 "AWS_CA_BUNDLE": str(tmp_path / "certificate.pem"),
             }
             harness = build_harness(f"{scheme}://s3.example.test:{port}", environ=environ)
-            assert b"content" == harness.client.get("bucket", "key", max_bytes=10)
-            harness.client.close()
+            client = harness.client
+            assert body == client.get("bucket", "key", max_bytes=len(body))
+            if scheme == "https":  # of http, the proxy of this test rewrites one request only
+                client.put("bucket", "other", body)
+                assert body == client.get("bucket", "other", max_bytes=len(body))
+            client.close()
         expected = {
             "http": f"GET http://s3.example.test:{port}/bucket/key HTTP/1.1".encode(),
             "https": f"CONNECT s3.example.test:{port} HTTP/1.1".encode(),
@@ -545,6 +657,22 @@ def test_requests_go_through_the_proxy(scheme: str, tls: ssl.SSLContext, tmp_pat
         assert expected[scheme] == head.split(b"\r\n")[0]
         assert b"proxy-authorization: Basic dXNlcjp3b3Jk" in head
         assert "proxy-authorization" not in (double.seen[0].headers if scheme == "https" else {})
+
+
+def test_a_proxy_whose_certificate_is_not_trusted_sees_no_login(
+    tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other, _ = make_certificate(tmp_path / "other")
+    with running_proxy(1, tls=tls) as (port, heads):
+        environ = {
+            "https_proxy": f"https://user:SECRET@127.0.0.1:{port}",
+            "AWS_CA_BUNDLE": str(other),
+        }
+        harness = build_harness("https://s3.example.test:443", environ=environ)
+        with pytest.raises(CertificateError, match="The certificate of 127.0.0.1 is not trusted"):
+            harness.client.get("bucket", "key", max_bytes=10)
+    assert [] == heads
 
 
 def test_a_proxy_that_refuses_is_named(tls: ssl.SSLContext) -> None:
@@ -597,6 +725,124 @@ def test_a_server_of_a_known_authority_is_trusted(
     with running_double(tls=tls) as double:
         transport = Transport(proxies=Proxies({}), trust=trust, max_connections=1)
         assert 403 == fetch(transport, f"{double.url}/bucket/key")[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+@pytest.mark.parametrize("how", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "profile"])
+def test_a_bundle_that_others_could_have_written_is_ignored(
+    tmp_path: Path, how: str, kind: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    if kind == "directory":
+        bundle.mkdir()
+    else:
+        make_certificate(tmp_path)[0].rename(bundle)
+    bundle.chmod(0o777)
+    environ, profile = ({}, str(bundle)) if how == "profile" else ({how: str(bundle)}, "")
+    trust = Trust(environ, profile_bundle=profile)
+    assert [f"{bundle} is ignored: {bundle} is writable for others than root: {ADVICE}"] == (
+        trust.exposed
+    )
+    assert str(bundle) not in trust.source
+    assert 0 == sum("localhost" in str(one) for one in trust.context().get_ca_certs())
+
+
+def test_the_next_bundle_stands_in_for_one_that_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "exposed").touch()
+    (tmp_path / "exposed").chmod(0o666)
+    certificate, _ = make_certificate(tmp_path)
+    named = {"AWS_CA_BUNDLE": f"{tmp_path}/exposed", "SSL_CERT_FILE": str(certificate)}
+    assert str(certificate) == Trust(named).source
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_DIR", "SSL_CERT_FILE"])
+def test_openssl_itself_does_not_read_what_we_ignore(
+    tmp_path: Path, variable: str, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = tmp_path / "certificate.pem"
+    hashed = ["openssl", "x509", "-noout", "-hash", "-in", str(certificate)]
+    name = subprocess.run(hashed, capture_output=True, text=True, check=True).stdout.strip()
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / f"{name}.0").write_bytes(certificate.read_bytes())
+    path = store if variable == "SSL_CERT_DIR" else store / f"{name}.0"
+    monkeypatch.setenv(variable, str(path))
+    with running_double(tls=tls) as double:
+        url = f"{double.url}/bucket/key"
+
+        def status() -> int:
+            trust = Trust({variable: str(path)})
+            return fetch(Transport(proxies=Proxies({}), trust=trust, max_connections=1), url)[0]
+
+        assert 403 == status()
+        path.chmod(0o777)
+        with pytest.raises(CertificateError):
+            status()
+
+
+@pytest.mark.parametrize("change", ["replaced", "removed", "damaged"])
+def test_authorities_are_those_of_the_moment_of_connecting(
+    change: str, tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "certificate.pem"
+    (tmp_path / "other").mkdir()
+    other, _ = make_certificate(tmp_path / "other")
+    with running_double(tls=tls) as double:
+        double.buckets["bucket"]["key"] = Object(body=b"content")
+        store = connect(
+            {
+                "AWS_ENDPOINT_URL": double.url,
+                "AWS_CA_BUNDLE": str(bundle),
+                "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+                "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+                "AWS_REGION": REGION,
+            },
+            concurrency=1,
+            max_connections=1,
+            log=lambda level, message: None,
+            run_helper=lambda argv, seconds: b"",
+        )
+        if change == "replaced":
+            bundle.write_bytes(other.read_bytes())
+        elif change == "damaged":
+            bundle.write_text("nothing")
+        else:
+            bundle.unlink()
+        assert b"content" == store.get("bucket", "key", max_bytes=10)
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        ({"AWS_ENDPOINT_URL_S3": "https://h"}, True),
+        ({"AWS_ENDPOINT_URL_S3": "HTTPS://h"}, True),
+        ({"AWS_ENDPOINT_URL_S3": "http://h"}, False),
+        ({"AWS_ENDPOINT_URL_S3": "http://h", "https_proxy": "http://p:1"}, False),
+        ({"AWS_ENDPOINT_URL_S3": "http://h", "http_proxy": "https://p:1"}, True),
+        ({"AWS_ENDPOINT_URL_S3": "http://h", "AWS_WEB_IDENTITY_TOKEN_FILE": "t"}, True),
+        ({"AWS_ENDPOINT_URL": "http://h", "AWS_WEB_IDENTITY_TOKEN_FILE": "t"}, False),
+        ({"AWS_ENDPOINT_URL": "http://h", "AWS_CONTAINER_CREDENTIALS_FULL_URI": "https://h"}, True),
+        ({"AWS_ENDPOINT_URL": "http://h", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/"}, False),
+        (
+            {"AWS_ENDPOINT_URL": "http://h", "AWS_EC2_METADATA_SERVICE_ENDPOINT": "https://h"},
+            True,
+        ),
+    ],
+)
+def test_authorities_are_read_at_once_where_tls_may_be_used(
+    environ: dict[str, str], expected: bool
+) -> None:
+    store = connect(
+        {"HOME": "/none", **environ},
+        concurrency=1,
+        max_connections=1,
+        log=lambda level, message: None,
+        run_helper=lambda argv, seconds: b"",
+    )
+    assert isinstance(store, S3Client)
+    assert expected is (store.trust._context is not None)
 
 
 def test_a_server_of_an_unknown_authority_is_refused_at_once(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import time
 import zlib
 from binascii import b2a_base64
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from shim.s3.checksums import checksum_policy, encode_crc32
 from shim.s3.credentials import credential_provider
@@ -18,7 +20,14 @@ from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
 from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.errors import EndpointUnresolved, S3ClientError, TransportError
+from shim.s3.errors import (
+    CertificateError,
+    EndpointUnresolved,
+    S3ClientError,
+    SettingInvalid,
+    TransportError,
+)
+from shim.s3.exposure import find_exposure
 from shim.s3.http1 import Response, never
 from shim.s3.operations import Operation, Service, read_headers
 from shim.s3.profiles import read_profile
@@ -37,14 +46,16 @@ if TYPE_CHECKING:
 PAGE_LIMIT_BYTES = 16 << 20
 # By precedence, as for other endpoints: a profile cannot name a directory.
 ENDPOINT_VARIABLES = ("AWS_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_FILE_URL = re.compile(r"file:(?://(?:localhost)?(?=/)|(?!//))(/.*)", re.DOTALL)
 PATIENCE_SECONDS = 8.0
 
 
 class S3Client:
     """Objects in S3."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, *, warnings: Sequence[str] = ()) -> None:
+        """warnings: about files that were ignored."""
+        self._service, self.warnings = service, warnings
 
     def get(self, bucket: str, key: str, *, max_bytes: int) -> bytes:
         """Return a whole object, refuse one that is longer."""
@@ -184,27 +195,31 @@ def connect(
     run_helper: Callable[[list[str], float], bytes],
     cancelled: Callable[[], bool] = never,
     carried_bundle: str = "",
+    exposure: Callable[[str], str] = find_exposure,
 ) -> Store:
     """Return the store that the environment describes; nothing is contacted yet.
+
+    The profile, the source of credentials and the authorities are those of this moment: nothing
+    that is written afterwards changes them. Raises SettingInvalid, ProfileInvalid.
 
     concurrency: of requests, at most; max_connections: that are kept open, at most.
     run_helper(argv, timeout_seconds): runs a program that prints credentials.
     carried_bundle: certificates for images that have none.
+    exposure(path): says why the image's command could have written a file, "" when it could not.
     """
-    endpoint_url = next(filter(None, map(environ.get, ENDPOINT_VARIABLES)), "")
-    if endpoint_url.startswith("file:"):
-        root = Path(unquote(urlsplit(endpoint_url).path))
-        if not root.is_dir():
-            raise EndpointUnresolved(f"The endpoint {endpoint_url} is not a directory that exists")
-        return DirectoryStore(root)
-    profile = read_profile(environ)
+    name = next(filter(environ.get, ENDPOINT_VARIABLES), "")
+    if environ.get(name, "").startswith("file:"):
+        return _open_directory(name, environ[name])
+    profile = read_profile(environ, exposure)
     configuration = EndpointConfiguration.from_environ(environ, profile.settings)
+    proxies = Proxies(environ)
     trust = Trust(
         environ,
         profile_bundle=profile.settings.get("ca_bundle", ""),
         carried_bundle=carried_bundle,
+        exposure=exposure,
     )
-    transport = Transport(proxies=Proxies(environ), trust=trust, max_connections=max_connections)
+    transport = Transport(proxies=proxies, trust=trust, max_connections=max_connections)
     credentials = credential_provider(
         environ,
         profile=profile,
@@ -213,7 +228,15 @@ def connect(
         run_helper=run_helper,
         now=lambda: datetime.now(UTC),
         log=log,
+        exposure=exposure,
     )
+    urls = (configuration.endpoint_url or "https:", credentials.url)
+    if proxies.need_tls or any(url.lower().startswith("https:") for url in urls):
+        with suppress(CertificateError):  # which the first connection raises again
+            trust.context()
+    warnings = (*profile.exposed, *trust.exposed)
+    for warning in warnings:
+        log("WARNING", warning)
     return S3Client(
         Service(
             configuration=configuration,
@@ -224,5 +247,16 @@ def connect(
             concurrency=concurrency,
             log=log,
             cancelled=cancelled,
-        )
+        ),
+        warnings=warnings,
     )
+
+
+def _open_directory(name: str, url: str) -> DirectoryStore:
+    match = _FILE_URL.fullmatch(url)
+    if match is None:
+        raise SettingInvalid(name, expected="file:///directory", found=url)
+    root = Path(unquote(match[1]))
+    if not root.is_dir():
+        raise EndpointUnresolved(f"The endpoint {url} is not a directory that exists")
+    return DirectoryStore(root)

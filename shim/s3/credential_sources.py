@@ -3,26 +3,34 @@
 Rule 1: None means not configured; a place that is configured but fails is an error.
 Rule 2: what comes from outside may hold secrets: it is checked, never quoted.
 Rule 3: endpoints of the container and the machine are asked directly, never through a proxy.
+Rule 4: which place it is follows from the environment and the profile, which are read once, before
+        the image's command runs. What must be read again later, tokens that are renewed in files,
+        is read only while the command could not have written it: EKS projects them as root's, on a
+        mount of their own, behind a link of root's. What a credential_process is and does is the
+        image's affair: it runs as the image's user, whoever that is.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from shim.s3 import affinity
 from shim.s3.endpoints import is_true, resolve_sts_url
-from shim.s3.errors import CredentialsFailed, TransportError
+from shim.s3.errors import CredentialsFailed, SettingInvalid, TransportError
+from shim.s3.exposure import find_exposure
 from shim.s3.profiles import Profile
 from shim.s3.sigv4 import Credentials
 from shim.s3.transport import FetchResponse
+from shim.s3.urls import Url, parse_url
 from shim.s3.xml import Element, parse
 
 TYPE_CHECKING = False
@@ -46,8 +54,31 @@ PAUSE_SECONDS = 1.0
 INSTANCE_ADDRESS, INSTANCE_ADDRESS_IPV6 = "http://169.254.169.254", "http://[fd00:ec2::254]"
 INSTANCE_ROLE_PATH = "/latest/meta-data/iam/security-credentials/"
 INSTANCE_TOKEN_SECONDS = "21600"
+INSTANCE_COUNTS = (
+    ("AWS_METADATA_SERVICE_TIMEOUT", "metadata_service_timeout"),
+    ("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "metadata_service_num_attempts"),
+)
 HELPER_TIMEOUT_SECONDS = 60.0
 MAX_TOKEN_BYTES = 64 * 1024
+URL_FORM = "http://host[:port]/path or https://host[:port]/path"
+# What a profile may have instead of keys, supported or not.
+PROFILE_OPTIONS = (
+    "sso_session sso_start_url sso_account_id login_session credential_process aws_access_key_id"
+).split()
+_COUNT = re.compile(r"[0-9]{1,6}")
+_TARGET = re.compile(r"[!-~]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """The place that credentials come from; load() gives None when there are none after all.
+
+    url: what load() asks, "" when it asks no server.
+    """
+
+    name: str
+    load: Callable[[], Credentials | None]
+    url: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +91,31 @@ class Sources:
     run_helper: Callable[[list[str], float], bytes]
     now: Callable[[], datetime]
     sleep: Callable[[float], None]
+    exposure: Callable[[str], str] = find_exposure
+
+    def choose(self) -> Source:
+        """Decide by what is configured, without asking anybody; the first place is the one.
+
+        Raises SettingInvalid where a variable or an option of that place can be none.
+        """
+        settings = self.profile.settings
+        # Asked last, but what is said of it is checked like everything else.
+        instance = Source(
+            name="the instance metadata", load=self.instance, url=self._instance_url()
+        )
+        for variable, option in INSTANCE_COUNTS:
+            self._count(variable, option)
+        if self.environ.get("AWS_ACCESS_KEY_ID"):
+            return Source(name="the environment", load=self.environment)
+        is_role_alone = "role_arn" in settings and "web_identity_token_file" not in settings
+        if is_role_alone or self._token_file():
+            url = resolve_sts_url(self.environ, settings)
+            return Source(name="a web identity", load=self.web_identity, url=url)
+        if any(settings.get(option) is not None for option in PROFILE_OPTIONS):
+            return Source(name=f"the profile {self.profile.name}", load=self.profile_keys)
+        if url := self._container_url():
+            return Source(name="the container", load=self.container, url=url)
+        return instance
 
     def environment(self) -> Credentials | None:
         """Take the keys of the environment."""
@@ -75,7 +131,7 @@ class Sources:
         settings = self.profile.settings
         if "role_arn" in settings and "web_identity_token_file" not in settings:
             raise CredentialsFailed(self._not_supported("role_arn"))
-        token_file = self._setting("AWS_WEB_IDENTITY_TOKEN_FILE", "web_identity_token_file")
+        token_file = self._token_file()
         if not token_file:
             return None
         role_arn = self._setting("AWS_ROLE_ARN", "role_arn")
@@ -90,7 +146,7 @@ class Sources:
             "RoleArn": role_arn,
             "RoleSessionName": self._setting("AWS_ROLE_SESSION_NAME", "role_session_name")
             or f"botocore-session-{self.now().timestamp():.0f}",
-            "WebIdentityToken": _read_token(token_file),
+            "WebIdentityToken": self._read_token(token_file),
         }
         return self._attempt(lambda: self._assume_role_with_web_identity(urlencode(form).encode()))
 
@@ -145,20 +201,26 @@ class Sources:
 
     def container(self) -> Credentials | None:
         """Ask the endpoint that ECS, EKS or SageMaker names in the environment."""
+        url = self._container_url()
+        return self._attempt(lambda: self._get_container_credentials(url)) if url else None
+
+    def _container_url(self) -> str:
         relative = self.environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-        full = self.environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
-        if not relative and not full:
-            return None
-        if relative and not relative.startswith("/"):
-            raise CredentialsFailed("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must begin with /")
-        url = CONTAINER_ADDRESS + relative if relative else full or ""
-        _check_container_host(url)
-        return self._attempt(lambda: self._get_container_credentials(url))
+        if relative:
+            name, url = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", CONTAINER_ADDRESS + relative
+            if not relative.startswith("/"):
+                raise SettingInvalid(name, expected="a path that begins with /", found=relative)
+        else:
+            name = "AWS_CONTAINER_CREDENTIALS_FULL_URI"
+            url = self.environ.get(name, "")
+        if url:
+            _check_container_host(name, url)
+        return url
 
     def _get_container_credentials(self, url: str) -> Credentials:
         headers = {"accept": "application/json"}
         if path := self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"):
-            headers["authorization"] = _read_token(path)
+            headers["authorization"] = self._read_token(path)
         elif token := self.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN"):
             headers["authorization"] = _one_line(token, "AWS_CONTAINER_AUTHORIZATION_TOKEN")
         response = self._ask("GET", url, headers, CONTAINER_TIMEOUT_SECONDS)
@@ -208,14 +270,8 @@ class Sources:
     def _ask_instance(
         self, method: str, path: str, headers: Mapping[str, str]
     ) -> FetchResponse | None:
-        base = self._setting("AWS_EC2_METADATA_SERVICE_ENDPOINT", "ec2_metadata_service_endpoint")
-        mode = self._setting(
-            "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "ec2_metadata_service_endpoint_mode"
-        )
-        default = INSTANCE_ADDRESS_IPV6 if mode.lower() == "ipv6" else INSTANCE_ADDRESS
-        url = (base or default).rstrip("/") + path
-        timeout = self._count("AWS_METADATA_SERVICE_TIMEOUT", "metadata_service_timeout")
-        attempts = self._count("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "metadata_service_num_attempts")
+        url = self._instance_url() + path
+        timeout, attempts = (self._count(*names) for names in INSTANCE_COUNTS)
         for _ in range(attempts):
             try:
                 response = self._ask(method, url, headers, timeout)
@@ -225,11 +281,36 @@ class Sources:
                 return response
         return None
 
+    def _instance_url(self) -> str:
+        name = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+        base = self._setting(name, name.lower().removeprefix("aws_"))
+        mode = self._setting(f"{name}_MODE", "ec2_metadata_service_endpoint_mode")
+        if not base:
+            return INSTANCE_ADDRESS_IPV6 if mode.lower() == "ipv6" else INSTANCE_ADDRESS
+        _parse(f"{name}, or its option in the profile", base)
+        return base.rstrip("/")
+
     def _count(self, variable: str, option: str) -> int:
         text = self._setting(variable, option) or "1"
-        if not text.isdecimal():
-            raise CredentialsFailed(f"{variable} is not a whole number: {text!r}")
+        if not _COUNT.fullmatch(text):
+            name = f"{variable}, or {option} of the profile"
+            raise SettingInvalid(name, expected="a whole number up to 999999", found=text)
         return int(text)
+
+    def _token_file(self) -> str:
+        return self._setting("AWS_WEB_IDENTITY_TOKEN_FILE", "web_identity_token_file")
+
+    def _read_token(self, path: str) -> str:
+        """Read a token that may have been renewed, unless others could have written it (rule 4)."""
+        try:
+            if reason := self.exposure(path):
+                raise CredentialsFailed(f"The token file {path} is not read: {reason}")
+            with Path(path).open("rb") as file:
+                text = file.read(MAX_TOKEN_BYTES).decode()
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or "it is not UTF-8"
+            raise CredentialsFailed(f"Unable to read the token file {path}: {reason}") from None
+        return _one_line(text, f"token in {path}")
 
     def _setting(self, variable: str, option: str) -> str:
         return self.environ.get(variable) or self.profile.settings.get(option) or ""
@@ -265,8 +346,8 @@ class Sources:
             return self.fetch(method, url, headers, form, timeout_seconds, form is not None)
         except OSError as error:
             raise TransportError(str(error)) from error
-        except ValueError:
-            raise CredentialsFailed(f"Not an address to get credentials from: {url!r}") from None
+        except ValueError:  # of what would break the head of a request
+            raise CredentialsFailed("The request for credentials cannot be written") from None
 
 
 class _Unavailable(CredentialsFailed):
@@ -303,11 +384,14 @@ def _credentials(
 
 
 def _parse_time(text: object, source: str) -> datetime:
-    try:
-        time_ = datetime.fromisoformat(str(text))
-    except ValueError:
-        raise CredentialsFailed(f"The expiration of {source} is not a time: {text!r}") from None
-    return time_ if time_.tzinfo else time_.replace(tzinfo=UTC)
+    """Parse the forms that are met: ISO 8601 and that of RFC 1123."""
+    from email.utils import parsedate_to_datetime
+
+    for parse_form in (datetime.fromisoformat, parsedate_to_datetime):
+        with suppress(ValueError, OverflowError):
+            time_ = parse_form(str(text))
+            return time_ if time_.tzinfo else time_.replace(tzinfo=UTC)
+    raise CredentialsFailed(f"The expiration of {source} is not a time")
 
 
 def _decode_json(body: bytes, source: str) -> dict[str, Any]:
@@ -327,16 +411,6 @@ def _descend(element: Element, *names: str) -> Element:
     return element
 
 
-def _read_token(path: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            text = file.read(MAX_TOKEN_BYTES).decode()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise CredentialsFailed(f"Unable to read the token file {path}: {reason}") from None
-    return _one_line(text, f"token in {path}")
-
-
 def _one_line(text: str, what: str) -> str:
     """Strip a token; what cannot be the value of a header is refused."""
     text = text.strip()
@@ -345,15 +419,22 @@ def _one_line(text: str, what: str) -> str:
     return text
 
 
-def _check_container_host(url: str) -> None:
+def _parse(name: str, text: str) -> Url:
+    try:
+        url = parse_url(text)
+        if not _TARGET.fullmatch(url.target):
+            raise ValueError
+    except ValueError:
+        raise SettingInvalid(name, expected=URL_FORM, found=text) from None
+    return url
+
+
+def _check_container_host(name: str, text: str) -> None:
     """Refuse to ask hosts that have no business with credentials."""
-    scheme = host = ""
+    url = _parse(name, text)
     is_loopback = False
-    with suppress(ValueError):  # of urlsplit; a name is no address
-        scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    if scheme != "https" and not is_loopback and host not in CONTAINER_HOSTS:
-        raise CredentialsFailed(
-            f"Unsupported host {host!r}.  Can only retrieve metadata from a loopback address or "
-            f"one of these hosts: {', '.join(CONTAINER_HOSTS)}"
-        )
+    with suppress(ValueError):  # a name is no address
+        is_loopback = ipaddress.ip_address(url.host).is_loopback
+    if url.scheme != "https" and not is_loopback and url.host not in CONTAINER_HOSTS:
+        expected = f"https, or http to a loopback address or one of {', '.join(CONTAINER_HOSTS)}"
+        raise SettingInvalid(name, expected=expected, found=text)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from shim.s3.credential_sources import Fetch, Sources
 from shim.s3.errors import CredentialsFailed, NoCredentials, S3ClientError
+from shim.s3.exposure import find_exposure
 from shim.s3.profiles import Profile
 from shim.s3.sigv4 import Credentials
 
@@ -33,9 +34,15 @@ class CredentialProvider:
         region: str | None,
         now: Callable[[], datetime],
         log: Callable[[str, str], None],
+        url: str = "",
+        absent: Sequence[str] = (),
     ) -> None:
-        """sources: by name, in the order in which they are asked; None means not configured."""
+        """sources: by name, in the order in which they are asked; None means not configured.
+
+        url: of the server that they ask; absent: sentences about files that count as absent.
+        """
         self._sources, self._now, self._log = sources, now, log
+        self.url, self._absent = url, absent
         self._region = region or "not set"
         self._lock = threading.Lock()
         self.description = "No credentials have been found yet"
@@ -86,7 +93,7 @@ class CredentialProvider:
                 self._sources = {name: load}
                 return found
         self._sources = {}
-        raise NoCredentials("Unable to locate credentials")
+        raise NoCredentials("; ".join(["Unable to locate credentials", *self._absent]))
 
     def _renew(self, current: Credentials) -> None:
         """Replace the credentials; while they are valid a failure is only logged."""
@@ -121,24 +128,28 @@ def credential_provider(
     now: Callable[[], datetime],
     log: Callable[[str, str], None],
     sleep: Callable[[float], None] = time.sleep,
+    exposure: Callable[[str], str] = find_exposure,
 ) -> CredentialProvider:
-    """Build the provider; no source is asked before the first get().
+    """Build the provider; its source is decided, and not asked before the first get().
 
     region: for the log line only.
     run_helper(argv, timeout_seconds): returns standard output; OSError when the program fails.
+    exposure(path): says why others could have written a file, "" when they could not.
     """
-    sources = Sources(
-        environ=environ, profile=profile, fetch=fetch, run_helper=run_helper, now=now, sleep=sleep
-    )
+    source = Sources(
+        environ=environ,
+        profile=profile,
+        fetch=fetch,
+        run_helper=run_helper,
+        now=now,
+        sleep=sleep,
+        exposure=exposure,
+    ).choose()
     return CredentialProvider(
-        {
-            "the environment": sources.environment,
-            "a web identity": sources.web_identity,
-            f"the profile {profile.name}": sources.profile_keys,
-            "the container": sources.container,
-            "the instance metadata": sources.instance,
-        },
+        {source.name: source.load},
         region=region,
         now=now,
         log=log,
+        url=source.url,
+        absent=(*profile.exposed, *profile.unreadable),
     )

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import quote, urlsplit
 
-from shim.s3.errors import EndpointUnresolved
+from shim.s3.errors import EndpointUnresolved, SettingInvalid
 from shim.s3.uri import is_bucket_name
+from shim.s3.urls import Url, parse_url
 
 GLOBAL_REGION = "aws-global"
+URL_FORM = "http://host[:port] or https://host[:port], without a user name"
 
 # Prefix of the region's name -> name and DNS suffix of the partition (data/partitions.json).
 PARTITIONS = {
@@ -36,7 +38,6 @@ LEGACY_STS_REGIONS = frozenset(
 
 _LABEL = re.compile(r"(?!-)[a-zA-Z0-9-]{1,63}(?<!-)")
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}")
-_HOST_NAME = re.compile(r"[a-zA-Z0-9._-]+|[0-9a-fA-F:.]+")
 _AWS_URL = re.compile(
     r"https?://(?:[^/]*\.)?s3(?:-fips)?(?:\.dualstack)?[.-](?P<region>[a-z]+-[a-z0-9-]+-[0-9]+)"
     r"\.(?:vpce\.)?amazonaws\.com(?:\.cn)?(?::[0-9]+)?/?"
@@ -75,7 +76,10 @@ class EndpointConfiguration:
     def from_environ(
         cls, environ: Mapping[str, str], profile: Mapping[str, str]
     ) -> EndpointConfiguration:
-        """Read the environment, then the profile's settings; an empty text counts as unset."""
+        """Read the environment, then the profile's settings; an empty text counts as unset.
+
+        Raises SettingInvalid for a region or an endpoint that can be none.
+        """
 
         def setting(variable: str, key: str, default: str = "") -> str:
             return environ.get(variable) or profile.get(key) or default
@@ -133,13 +137,11 @@ def configured_region(
 ) -> tuple[str | None, bool]:
     """Return the region, and whether FIPS endpoints are asked for: by a switch or in its name."""
     fips = is_true(environ.get("AWS_USE_FIPS_ENDPOINT") or profile.get("use_fips_endpoint", ""))
-    named = environ.get("AWS_DEFAULT_REGION") or environ.get("AWS_REGION") or profile.get("region")
+    name, named = _first_set(environ, ("AWS_DEFAULT_REGION", "AWS_REGION"), profile, ("region",))
     if not named:
         return None, fips
     if not _is_label(named):
-        raise EndpointUnresolved(
-            f"Provided region_name {named!r} doesn't match a supported format."
-        )
+        raise SettingInvalid(name, expected="a region such as eu-central-1", found=named)
     region = named.removeprefix("fips-").removesuffix("-fips")
     return region, fips or region != named
 
@@ -147,21 +149,42 @@ def configured_region(
 def configured_endpoint_url(
     environ: Mapping[str, str], profile: Mapping[str, str], *, service: str
 ) -> str | None:
-    """Return the endpoint of a service ("s3", "sts"), the most specific setting first."""
-    if service == "s3" and environ.get("AWS_S3_ENDPOINT_URL"):
-        return environ["AWS_S3_ENDPOINT_URL"]
-    if is_true(
+    """Return the endpoint of a service ("s3", "sts"), the most specific setting first.
+
+    Raises SettingInvalid for what is no URL.
+    """
+    variables: tuple[str, ...] = ("AWS_S3_ENDPOINT_URL",) if service == "s3" else ()
+    options: tuple[str, ...] = ()
+    if not is_true(
         environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
         or profile.get("ignore_configured_endpoint_urls", "")
     ):
+        variables += (f"AWS_ENDPOINT_URL_{service.upper()}", "AWS_ENDPOINT_URL")
+        options = (f"services.{service}.endpoint_url", "endpoint_url")
+    name, url = _first_set(environ, variables, profile, options)
+    if not url:
         return None
-    return (
-        environ.get(f"AWS_ENDPOINT_URL_{service.upper()}")
-        or environ.get("AWS_ENDPOINT_URL")
-        or profile.get(f"services.{service}.endpoint_url")
-        or profile.get("endpoint_url")
-        or None
-    )
+    try:
+        _parse_endpoint(url)
+    except ValueError:
+        raise SettingInvalid(name, expected=URL_FORM, found=url) from None
+    return url
+
+
+def _first_set(
+    environ: Mapping[str, str],
+    variables: tuple[str, ...],
+    profile: Mapping[str, str],
+    options: tuple[str, ...],
+) -> tuple[str, str]:
+    """Return what the first that is set is called, and its text; two empty texts if none is."""
+    for name in variables:
+        if environ.get(name):
+            return name, environ[name]
+    for option in options:
+        if profile.get(option):
+            return f"{option} of the profile", profile[option]
+    return "", ""
 
 
 def resolve_sts_url(environ: Mapping[str, str], profile: Mapping[str, str]) -> str:
@@ -240,25 +263,23 @@ def _service_endpoint(c: EndpointConfiguration, region: str) -> Endpoint:
     )
 
 
-def _custom_endpoint(url: str, region: str) -> Endpoint:
+def _parse_endpoint(text: str) -> Url:
+    url = parse_url(text)
+    if any(mark in text for mark in "@?#"):
+        raise ValueError
+    return url
+
+
+def _custom_endpoint(text: str, region: str) -> Endpoint:
     try:
-        parts = urlsplit(url)
-        default_port = {"http": 80, "https": 443}[parts.scheme]
-        port = parts.port or default_port
-        hostname = parts.hostname or ""
-        valid = _HOST_NAME.fullmatch(hostname) and not parts.query
-    except (ValueError, KeyError):
-        valid = None
-    _refuse(
-        ("@" in url, "Custom endpoint must not hold a user name or a password"),
-        (not valid, f"Custom endpoint `{url}` was not a valid URI"),
-    )
-    host = f"[{hostname}]" if ":" in hostname else hostname
+        url = _parse_endpoint(text)
+    except ValueError:
+        raise EndpointUnresolved(f"Custom endpoint was not a valid URI: {URL_FORM}") from None
     return Endpoint(
-        scheme=parts.scheme,
-        host=host if port == default_port else f"{host}:{port}",
-        port=port,
-        base_path=quote(parts.path.rstrip("/"), safe="/~%"),
+        scheme=url.scheme,
+        host=url.netloc,
+        port=url.port,
+        base_path=quote(url.target.rstrip("/"), safe="/~%"),
         region=region,
         service="s3",
     )

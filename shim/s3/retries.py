@@ -8,6 +8,7 @@ documentation of S3 calls temporary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -18,6 +19,7 @@ from shim.s3.errors import (
     IntegrityError,
     S3ClientError,
     ServiceError,
+    SettingInvalid,
     StaleConnection,
     TransportError,
 )
@@ -25,6 +27,7 @@ from shim.s3.errors import (
 LONGEST_DELAY_SECONDS = 20.0
 LARGEST_SKEW = timedelta(minutes=4)
 ATTEMPTS = {"legacy": 5, "standard": 3, "adaptive": 3}
+_ATTEMPTS_FORM = re.compile(r"0*[1-9][0-9]{0,5}")
 PERSISTENT_ATTEMPTS = 12
 LOUD_ATTEMPT = 3  # the first whose failure is a warning: two are everyday life
 LOUD_SECONDS = 10.0  # after which every failure is
@@ -149,9 +152,11 @@ def configured_attempts(environ: Mapping[str, str], profile: Mapping[str, str]) 
     mode = environ.get("AWS_RETRY_MODE") or profile.get("retry_mode") or "legacy"
     text = environ.get("AWS_MAX_ATTEMPTS") or profile.get("max_attempts") or ""
     if mode not in ATTEMPTS:
-        raise S3ClientError(f"AWS_RETRY_MODE is {mode!r}, expected one of {', '.join(ATTEMPTS)}")
+        expected = f"one of {', '.join(ATTEMPTS)}"
+        raise SettingInvalid("AWS_RETRY_MODE, or retry_mode", expected=expected, found=mode)
     if not text:
         return ATTEMPTS[mode]
-    if not (text.isascii() and text.isdecimal() and int(text)):
-        raise S3ClientError(f"AWS_MAX_ATTEMPTS is {text!r}, expected a number of at least 1")
+    if not _ATTEMPTS_FORM.fullmatch(text):
+        expected = "a whole number from 1 to 999999"
+        raise SettingInvalid("AWS_MAX_ATTEMPTS, or max_attempts", expected=expected, found=text)
     return int(text)

@@ -26,10 +26,13 @@ class TlsStream:
     A BlockingIOError loses nothing: the same call goes on where it was.
     """
 
-    def __init__(self, sock: socket.socket | Wire, context: ssl.SSLContext, host: str) -> None:
+    def __init__(
+        self, sock: socket.socket | Wire | TlsStream, context: ssl.SSLContext, host: str
+    ) -> None:
         """Shake hands; that takes as long as sock allows.
 
         Raises OSError, ssl.SSLCertVerificationError among them.
+        sock: a TlsStream is that to a proxy, behind which the host is.
         """
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -39,6 +42,7 @@ class TlsStream:
         self._scratch = memoryview(bytearray(RECORD_BYTES))
         self._unsent = memoryview(b"")
         self._accepted = 0  # bytes of a send() that are encrypted and not all sent
+        self._outer_holds_data = sock.holds_data if isinstance(sock, TlsStream) else lambda: False
         self._shake_hands()
 
     def _shake_hands(self) -> None:
@@ -57,7 +61,8 @@ class TlsStream:
 
     def holds_data(self) -> bool:
         """Tell whether something was received that recv_into() has not returned."""
-        return self._incoming.pending > 0 or self._tls.pending() > 0
+        here = self._incoming.pending > 0 or self._tls.pending() > 0
+        return here or self._outer_holds_data()
 
     def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
         """Receive what is there, at least a byte; 0 at the end, announced or not."""

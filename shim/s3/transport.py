@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import socket
 import threading
@@ -16,10 +17,17 @@ import time
 from binascii import b2a_base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from urllib.parse import unquote, urlsplit
 
-from shim.s3.errors import Cancelled, CertificateError, StaleConnection, TransportError
+from shim.s3.errors import (
+    Cancelled,
+    CertificateError,
+    SettingInvalid,
+    StaleConnection,
+    TransportError,
+)
+from shim.s3.exposure import find_exposure
 from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response
+from shim.s3.urls import parse_proxy, parse_url
 from shim.s3.wire import Wire
 
 TYPE_CHECKING = False
@@ -34,6 +42,11 @@ RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and chang
 KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
 FETCH_LIMIT_BYTES = 1 << 20
 SLICE_SECONDS = 0.25
+PROXY_FORM = "http://host:port or https://host:port, with user:password@ before the host or not"
+# An entry of no_proxy: [ADDRESS]:PORT or NAME:PORT, the port may be missing; or an IPv6 address.
+_BYPASS = re.compile(
+    r"(?:\[(?P<address>[^]]*)\]|(?P<name>[^:]*))(?::(?P<port>[0-9]+))?|(?P<bare>[^:]*:[^:]*:.*)"
+)
 
 # Where distributions keep their bundle; the first that exists is read.
 IMAGE_BUNDLES = (
@@ -45,10 +58,19 @@ IMAGE_BUNDLES = (
 
 
 class Trust:
-    """The authorities that certificates are checked against, read when first needed."""
+    """The authorities that certificates are checked against, read once.
+
+    A bundle that the image's command could have written is none: it is left out, with a sentence in
+    `exposed`.
+    """
 
     def __init__(
-        self, environ: Mapping[str, str], *, profile_bundle: str = "", carried_bundle: str = ""
+        self,
+        environ: Mapping[str, str],
+        *,
+        profile_bundle: str = "",
+        carried_bundle: str = "",
+        exposure: Callable[[str], str] = find_exposure,
     ) -> None:
         """Choose the bundles.
 
@@ -56,16 +78,21 @@ class Trust:
         is not empty is the only one. Otherwise it is the system's store, the image's bundle, and
         carried_bundle: that of the frozen binary, for images that have none.
         """
-        chosen = (
-            environ.get("AWS_CA_BUNDLE")
-            or profile_bundle
-            or environ.get("REQUESTS_CA_BUNDLE")
-            or environ.get("SSL_CERT_FILE")
+        self.exposed: list[str] = []
+        self._exposure = exposure
+        named = (
+            environ.get("AWS_CA_BUNDLE"),
+            profile_bundle,
+            environ.get("REQUESTS_CA_BUNDLE"),
+            environ.get("SSL_CERT_FILE"),
         )
-        found = [bundle for bundle in IMAGE_BUNDLES if os.path.isfile(bundle)][:1]
+        chosen = list(filter(self._is_protected, filter(None, named)))[:1]
+        found = filter(self._is_protected, filter(os.path.isfile, IMAGE_BUNDLES))
         self._is_chosen = bool(chosen)
-        self._bundles = [chosen] if chosen else [*found, *filter(None, [carried_bundle])]
+        self._bundles = chosen or [*list(found)[:1], *filter(None, [carried_bundle])]
+        self._directories = environ.get("SSL_CERT_DIR", "")
         self._context: ssl.SSLContext | None = None
+        self._failure: CertificateError | None = None
         self._lock = threading.Lock()
 
     @property
@@ -74,65 +101,126 @@ class Trust:
         return ", ".join(self._bundles) or "no CA bundle: neither the system nor the image has one"
 
     def context(self) -> ssl.SSLContext:
-        """Return the one context of this process."""
+        """Return the one context of this process; what the first call cannot read, none can."""
         with self._lock:
-            self._context = self._context or self._load()
+            if self._context is None and self._failure is None:
+                try:
+                    self._context = self._load()
+                except CertificateError as error:
+                    self._failure = error
+            if self._context is None:
+                assert self._failure is not None
+                raise self._failure
             return self._context
+
+    def _is_protected(self, path: str) -> bool:
+        try:
+            reason = self._exposure(path)
+        except OSError:
+            return True  # reading it will say why not
+        if reason:
+            self.exposed.append(f"{path} is ignored: {reason}")
+        return not reason
 
     def _load(self) -> ssl.SSLContext:
         import ssl
 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        if not self._is_chosen:
-            context.set_default_verify_paths()
-        for bundle in self._bundles:
-            where = "capath" if os.path.isdir(bundle) else "cafile"
+        for path in (*(() if self._is_chosen else self._list_system_store()), *self._bundles):
+            where = "capath" if os.path.isdir(path) else "cafile"
             try:
-                context.load_verify_locations(**{where: bundle})
+                context.load_verify_locations(**{where: path})
             except OSError as error:
-                raise CertificateError(f"Could not read the CA bundle {bundle}: {error}") from error
+                raise CertificateError(f"Could not read the CA bundle {path}: {error}") from error
         return context
+
+    def _list_system_store(self) -> list[str]:
+        """Name what OpenSSL's set_default_verify_paths loads: it takes no look at who owns it."""
+        import ssl
+
+        system = ssl.get_default_verify_paths()
+        directories = (self._directories or system.openssl_capath).split(":")
+        paths = [*filter(os.path.isfile, [system.openssl_cafile])]
+        paths += filter(os.path.isdir, directories)
+        return list(filter(self._is_protected, paths))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proxy:
-    """Where to connect to instead of the request's own host."""
+    """Where to connect to instead of the request's own host; scheme: how to talk to the proxy."""
 
     host: str
     port: int
     authorization: str = field(default="", repr=False)
+    scheme: str = "http"
 
 
 class Proxies:
-    """Which proxy stands before a host: urllib's rules, over a mapping."""
+    """Which proxy stands before a host: urllib's rules, over a mapping.
+
+    no_proxy lists names, which stand for all below them too, addresses and networks
+    (10.0.0.0/8), each with a port or without, or "*".
+    """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        urls: dict[str, str] = {}
-        names = [name for name in environ if name.lower().endswith("_proxy")]
-        for name in sorted(names):  # upper case first: lower case wins, and unsets when empty
-            urls[name.lower().removesuffix("_proxy")] = environ[name]
+        """Raise SettingInvalid for a variable that names no proxy."""
+        names: dict[str, str] = {}
+        for name in sorted(environ):  # upper case first: lower case wins, and unsets when empty
+            if name.lower() in ("http_proxy", "https_proxy", "no_proxy"):
+                names[name.lower().removesuffix("_proxy")] = name
         if "REQUEST_METHOD" in environ and "http_proxy" not in environ:
-            urls.pop("http", None)  # in a CGI program HTTP_PROXY is a header field of the client's
-        self._urls = urls
+            names.pop("http", None)  # in a CGI program HTTP_PROXY is a header field of the client's
+        self._bypassed = environ[names.pop("no")].replace(",", " ").split() if "no" in names else []
+        self._proxies = {
+            scheme: _build_proxy(name, environ[name])
+            for scheme, name in names.items()
+            if environ[name]
+        }
+
+    @property
+    def need_tls(self) -> bool:
+        """Whether one of them is talked to over TLS."""
+        return any(proxy.scheme == "https" for proxy in self._proxies.values())
 
     def resolve(self, *, scheme: str, host: str, port: int) -> Proxy | None:
         """Return the proxy for a host, or None to go there directly."""
-        url = self._urls.get(scheme)
-        if not url or _is_near(host):
+        proxy = self._proxies.get(scheme)
+        if proxy is None or _is_near(host):
             return None
-        import urllib.request
+        return None if any(_covers(entry, host, port) for entry in self._bypassed) else proxy
 
-        bypass = urllib.request.proxy_bypass_environment  # type: ignore[attr-defined]
-        if bypass(f"{host}:{port}", self._urls):
-            return None
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise TransportError(f"The proxy in {scheme}_proxy is not of the form http://host:port")
-        authorization = ""
-        if parts.username is not None:
-            login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            authorization = f"Basic {b2a_base64(login.encode(), newline=False).decode()}"
-        return Proxy(host=parts.hostname, port=parts.port or 80, authorization=authorization)
+
+def _build_proxy(name: str, text: str) -> Proxy:
+    try:
+        url = parse_proxy(text)
+    except ValueError:
+        raise SettingInvalid(name, expected=PROXY_FORM, found=text) from None
+    login = b"" if url.login is None else b2a_base64(url.login, newline=False)
+    return Proxy(
+        host=url.host,
+        port=url.port,
+        authorization=f"Basic {login.decode()}" if login else "",
+        scheme=url.scheme,
+    )
+
+
+def _covers(entry: str, host: str, port: int) -> bool:
+    """Tell whether an entry of no_proxy speaks of a host."""
+    import ipaddress
+
+    match = _BYPASS.fullmatch(entry)
+    if match is None or match["port"] not in (None, str(port)):
+        return False
+    name = match["address"] or match["name"] or match["bare"] or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        name = name.lower().removeprefix("*").strip(".")
+        return entry == "*" or f".{host.rstrip('.')}".endswith(f".{name}")
+    try:
+        return entry == "*" or address in ipaddress.ip_network(name, strict=False)
+    except ValueError:
+        return False
 
 
 def _look_up(host: str, port: int) -> list[Any]:
@@ -269,15 +357,16 @@ class Transport:
         proxied: bool,
     ) -> FetchResponse:
         """Make one small request, without retries; TransportError without a whole answer."""
-        parts = urlsplit(url)
-        netloc = parts.netloc.rpartition("@")[2]
+        parts = parse_url(url)
+        target = parts.target if parts.target.startswith("/") else f"/{parts.target}"
+        fields = {name.lower(): value for name, value in headers.items()}
         request = Request(
             method=method,
             scheme=parts.scheme,
-            host=parts.hostname or "",
-            port=parts.port or (443 if parts.scheme == "https" else 80),
-            target=(parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-            headers={"host": netloc} | {name.lower(): value for name, value in headers.items()},
+            host=parts.host,
+            port=parts.port,
+            target=target,
+            headers={"host": parts.netloc} | fields,
             body=body,
             connect_seconds=min(CONNECT_SECONDS, timeout_seconds),
             read_seconds=timeout_seconds,
@@ -335,13 +424,16 @@ class Transport:
         except OSError as error:
             reason = error.strerror or error
             raise TransportError(f"Could not connect to the endpoint {where} ({reason})") from error
+        wire, tls = Wire(sock, request.cancelled), None
         try:
-            wire = Wire(sock, request.cancelled)
+            if proxy and proxy.scheme == "https":
+                tls = self._secure(wire, proxy.host, request.connect_seconds)
             if request.type == "http":
-                return Connection(wire, request.route)
+                return Connection(wire, request.route, tls)
             if proxy:
-                _open_tunnel(sock, request, proxy)
-            return Connection(wire, request.route, self._secure(wire, request))
+                _open_tunnel(Connection(wire, None, tls), request, proxy)
+            tls = self._secure(wire, request.host, request.connect_seconds, outer=tls)
+            return Connection(wire, request.route, tls)
         except BaseException:
             sock.close()
             raise
@@ -377,15 +469,17 @@ class Transport:
                 raise
         raise failure
 
-    def _secure(self, wire: Wire, request: Request) -> TlsStream:
+    def _secure(
+        self, wire: Wire, host: str, seconds: float, *, outer: TlsStream | None = None
+    ) -> TlsStream:
+        """Shake hands with a host; outer: the stream to the proxy before it."""
         import ssl
 
         from shim.s3.tls import TlsStream  # noqa: F811
 
-        host = request.host
-        wire.limit(request.connect_seconds, f"TLS with {host}")
+        wire.limit(seconds, f"TLS with {host}")
         try:
-            stream = TlsStream(wire, self.trust.context(), host)
+            stream = TlsStream(outer or wire, self.trust.context(), host)
         except ssl.SSLCertVerificationError as error:
             raise CertificateError(
                 f"The certificate of {host} is not trusted: {error.verify_message} "
@@ -405,7 +499,7 @@ def _via_proxy(head: bytes, prefix: str, proxy: Proxy) -> bytes:
     return b"%b %b%b\r\n%b%b" % (method, prefix.encode(), target, login.encode(), rest)
 
 
-def _open_tunnel(sock: socket.socket, request: Request, proxy: Proxy) -> None:
+def _open_tunnel(connection: Connection, request: Request, proxy: Proxy) -> None:
     target = f"{request.host}:{request.port}"
     headers = {"host": target}
     if proxy.authorization:
@@ -420,7 +514,7 @@ def _open_tunnel(sock: socket.socket, request: Request, proxy: Proxy) -> None:
         read_seconds=request.connect_seconds,
         cancelled=request.cancelled,
     )
-    response = Connection(sock, connect.route).exchange(connect, connect.head())
+    response = connection.exchange(connect, connect.head())
     if response.status != 200:
         raise TransportError(
             f"The proxy {proxy.host}:{proxy.port} refused a connection to {target}: "
