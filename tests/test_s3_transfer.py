@@ -20,6 +20,7 @@ from shim.s3.checksums import combine_crc32
 from shim.s3.crew import Crew
 from shim.s3.errors import (
     Cancelled,
+    FileChanged,
     IntegrityError,
     ObjectChanged,
     S3ClientError,
@@ -542,25 +543,49 @@ def test_a_file_that_changes_between_sum_and_sending_is_not_stored(
     double: S3Double, source: Path, change: Callable[[Path], None]
 ) -> None:
     fd = os.open(source, os.O_RDONLY)
-    file = upload.File(fd, source.stat().st_size)
+    file = upload.File(fd, source.stat().st_size, "key")
     body = upload.FileBody(file, start=0, size=PART, with_sha256=False)
     assert source.read_bytes()[:PART] == b"".join(map(bytes, body.blocks()))
     change(source)
-    with pytest.raises(ObjectChanged):
+    with pytest.raises(FileChanged):
         list(body.blocks())
     os.close(fd)
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize("change", [shrink, touch, grow])
+@pytest.mark.parametrize("size", [100, PART, 4 * PART + 1], ids=["in memory", "one", "parts"])
+def test_a_file_that_is_not_what_was_promised_is_its_writers_doing(
+    double: S3Double, harness: Harness, source: Path, size: int, change: Callable[[Path], None]
+) -> None:
+    os.truncate(source, size)
+    fd = os.open(source, os.O_RDONLY)
+
+    def change_once(exchange: Exchange) -> None:
+        change(source)
+        exchange.refuse(500)
+
+    double.faults = [change_once]
+    with pytest.raises(FileChanged, match="'out/key' changed while it was uploaded") as caught:
+        harness.client.upload("bucket", "out/key", fd, size=size)
+    os.close(fd)
+    assert "out/key" == caught.value.key
+    assert ({}, {}) == (double.buckets["bucket"], double.uploads)
 
 
 def test_a_file_that_grows_while_parts_are_sent_is_not_stored(
     double: S3Double, harness: Harness, source: Path
 ) -> None:
-    def grow(exchange: Exchange) -> None:
-        with source.open("ab") as file:
-            file.write(b"more")
+    def grow_first(exchange: Exchange) -> None:
+        grow(source)
         exchange.answer()
 
-    double.faults = [work, grow]
-    with pytest.raises(ObjectChanged):
+    double.faults = [work, grow_first]
+    with pytest.raises(FileChanged):
         harness.upload(source)
     assert ({}, {}) == (double.buckets["bucket"], double.uploads)
 

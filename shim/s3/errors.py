@@ -88,7 +88,15 @@ class IntegrityError(S3ClientError):
 
 
 class ObjectChanged(S3ClientError):
-    """The object, or the file to upload, was replaced during the transfer."""
+    """The object was replaced during the download."""
+
+
+class FileChanged(S3ClientError):
+    """The file to upload was written to, or cut short, meanwhile: its writer's doing, not S3's."""
+
+    def __init__(self, key: str) -> None:  # noqa: B042 - is neither copied nor pickled
+        self.key = key
+        super().__init__(f"The file for {key!r} changed while it was uploaded")
 
 
 class Cancelled(S3ClientError):

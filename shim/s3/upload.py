@@ -22,7 +22,7 @@ from functools import partial
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import encode_crc32
 from shim.s3.crew import MOST_HELPERS, Crew
-from shim.s3.errors import ObjectChanged, S3ClientError, ServiceError
+from shim.s3.errors import FileChanged, S3ClientError, ServiceError
 from shim.s3.http1 import Response, never
 from shim.s3.operations import ERROR_LIMIT_BYTES, Operation, Service, error_of, read_headers
 from shim.s3.xml import Element, build_complete, parse
@@ -53,15 +53,16 @@ def part_bytes(size: int) -> int:
 class File:
     """An open file that must not change any more."""
 
-    def __init__(self, fd: int, size: int) -> None:
-        self.fd, self.size = fd, size
+    def __init__(self, fd: int, size: int, key: str) -> None:
+        """key: of the object that it becomes, for messages."""
+        self.fd, self.size, self.key = fd, size, key
         self._modified = os.fstat(fd).st_mtime_ns
 
     def check(self) -> None:
-        """Raise ObjectChanged if it did."""
+        """Raise FileChanged if it did."""
         status = os.fstat(self.fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
-            raise ObjectChanged("A file changed while it was uploaded")
+            raise FileChanged(self.key)
 
 
 class FileBody:
@@ -93,7 +94,7 @@ class FileBody:
             while position < end:
                 read = os.preadv(self._file.fd, [buffer[: end - position]], position)
                 if not read:
-                    raise ObjectChanged("A file became shorter while it was uploaded")
+                    raise FileChanged(self._file.key)
                 position += read
                 yield buffer[:read]
 
@@ -136,7 +137,7 @@ class _Put:
 def upload(service: Service, bucket: str, key: str, fd: int, size: int, crew: Crew) -> None:
     """Store a file of that size."""
     operation = partial(Operation, bucket=bucket, key=key)
-    put = partial(_Put, file=File(fd, size), with_sha256=service.is_plain(bucket))
+    put = partial(_Put, file=File(fd, size, key), with_sha256=service.is_plain(bucket))
     if size > SINGLE_BYTES:
         _Multipart(service, operation, put, size, crew).store()
     else:
