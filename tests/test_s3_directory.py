@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,20 @@ from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import EndpointUnresolved, S3ClientError, ServiceError
 from shim.s3.store import ObjectSummary
-from shim.s3.transfer import Download, Transfers, Upload
+from shim.s3.transfer import Transfers, Upload
+from tests.s3_clients import download_to
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "root")
+
+
+@contextmanager
+def open_directory(path: Path) -> Iterator[int]:
+    directory = os.open(path, os.O_PATH)
+    yield directory
+    os.close(directory)
 
 
 def connect_to(environ: dict[str, str]) -> Any:
@@ -60,7 +69,8 @@ def test_what_is_put_can_be_read_in_every_way(store: DirectoryStore, tmp_path: P
     assert (4, {"signature_hmac_sha256": "00"}) == (head.size, head.metadata)
     with store.open("bucket", "/a//b c") as stream:
         assert b"body" == stream.read()
-    store.download("bucket", "/a//b c", tmp_path / "copy")
+    with open_directory(tmp_path) as directory:
+        store.download("bucket", "/a//b c", directory, "copy")
     assert b"body" == (tmp_path / "copy").read_bytes()
 
 
@@ -81,7 +91,7 @@ def test_transfers_work_as_with_s3(store: DirectoryStore, tmp_path: Path) -> Non
         for n in range(3)
     )
     transfers.download_all(
-        Download(bucket="bucket", key=item.key, path=tmp_path / item.key[2:])
+        download_to(tmp_path / item.key[2:], key=item.key)
         for item in store.list("bucket", "p/")
     )
     assert {source.read_bytes()} == {(tmp_path / str(n)).read_bytes() for n in range(3)}
@@ -109,7 +119,7 @@ CALLS: dict[str, Callable[[DirectoryStore, str], object]] = {
     "get": lambda store, key: store.get("bucket", key, max_bytes=1),
     "head": lambda store, key: store.head("bucket", key),
     "open": lambda store, key: store.open("bucket", key),
-    "download": lambda store, key: store.download("bucket", key, Path("/dev/null")),
+    "download": lambda store, key: store.download("bucket", key, -1, "file"),
 }
 
 
@@ -152,8 +162,9 @@ def test_what_is_no_bucket_is_none(store: DirectoryStore, bucket: str) -> None:
 
 def test_a_failed_download_leaves_nothing(store: DirectoryStore, tmp_path: Path) -> None:
     store.put("bucket", "key", b"x")
-    with pytest.raises(S3ClientError, match="directory"):
-        store.download("bucket", "key", tmp_path / "root")
+    with open_directory(tmp_path) as directory:
+        with pytest.raises(S3ClientError, match="directory"):
+            store.download("bucket", "key", directory, "root")
     assert ["root"] == os.listdir(tmp_path)
 
 

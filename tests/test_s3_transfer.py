@@ -40,7 +40,7 @@ from tests.fakes.s3_double import (
     truncate,
     work,
 )
-from tests.s3_clients import Harness, build_harness, running_double
+from tests.s3_clients import Harness, build_harness, download_to, running_double
 from tests.support import limit_rate, poll
 
 PART = 100_000
@@ -623,7 +623,7 @@ def test_more_than_s3_can_hold_is_refused() -> None:
 def downloads(double: S3Double, directory: Path, number: int) -> Iterator[Download]:
     for n in range(number):
         store(double, 10, key=str(n))
-        yield Download(bucket="bucket", key=str(n), path=directory / str(n))
+        yield download_to(directory / str(n), key=str(n))
 
 
 def transfers(harness: Harness, **options: object) -> Transfers:
@@ -637,7 +637,7 @@ def test_no_more_requests_are_under_way_than_allowed(
     threads = threading.active_count()
     for n in range(3):
         store(double, 30 * PART, key=f"large{n}")
-    large = [Download(bucket="bucket", key=f"large{n}", path=tmp_path / f"l{n}") for n in range(3)]
+    large = [download_to(tmp_path / f"l{n}", key=f"large{n}") for n in range(3)]
     small = list(downloads(double, tmp_path, 50))
     transfers(harness).download_all([*small, *large])
     assert 53 == len(os.listdir(tmp_path))
@@ -689,7 +689,7 @@ def test_the_first_error_stops_an_endless_list(
     def endless() -> Iterator[Download]:
         yield from downloads(double, tmp_path, 10)
         while True:
-            yield Download(bucket="bucket", key="missing", path=tmp_path / "missing")
+            yield download_to(tmp_path / "missing", key="missing")
 
     with pytest.raises(ServiceError, match="NoSuchKey"):
         transfers(harness).download_all(endless())

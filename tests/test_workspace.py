@@ -35,9 +35,13 @@ AUTHOR = User(
 class RecordingLog:
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.author_lines: list[str] = []
 
-    def warning(self, message: str) -> None:
+    def warning(self, message: str, *, internal: bool = True, task: str | None = None) -> None:
         self.lines.append(message)
+        if not internal:
+            assert task == "pk"
+            self.author_lines.append(message)
 
     error = warning
 
@@ -62,6 +66,17 @@ def build(root: Path, log: RecordingLog, *, linked: bool = True) -> Workspace:
         linked_input_parent=root / "opt" / "data" if linked else None,
         log=log,
     )
+
+
+def make_input(workspace: Workspace, directory: str, name: str) -> None:
+    with opened(workspace.open_input(directory)) as there:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT, dir_fd=there))
+
+
+@contextmanager
+def opened(descriptor: int) -> Iterator[int]:
+    yield descriptor
+    os.close(descriptor)
 
 
 def mode(path: Path) -> str:
@@ -156,7 +171,7 @@ def test_next_reset_removes_the_directory_of_the_task_before(
     tmp_path: Path, workspace: Workspace
 ) -> None:
     workspace.reset("one")
-    workspace.input_file("d/a").write_text("patient")
+    make_input(workspace, "d", "a")
     assert workspace.clean() is True
     assert names(tmp_path / "opt" / "data" / "one-input") == []
 
@@ -173,7 +188,9 @@ def test_output_that_is_no_directory_is_refused_and_not_followed(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "kept").write_text("")
+    workspace.reset("pk")
     output = tmp_path / "output"
+    output.rmdir()
     if kind == "file":
         output.write_text("")
     elif kind == "fifo":
@@ -334,7 +351,7 @@ workspace = build(root, log)
 for pk in ("one", "two"):
     workspace.reset(pk)
     assert (os.listdir(root / "input"), os.listdir(root / "output")) == ([], [])
-    workspace.input_file("d/a").write_text("x")
+    make_input(workspace, "d", "a")
     print(sorted(str(p.relative_to(root)) for p in (root / "input").rglob("*")), end="")
     assert workspace.clean() is True
 print(os.path.islink(root / "input"), log)
@@ -444,36 +461,39 @@ def test_clean_directory_tolerates_what_is_missing_or_a_link(
     assert len(log.lines) == 1
 
 
-@pytest.mark.parametrize("path", ["a", "d/e/a", "./d//a", "caf\u00e9/new\nline"])
-def test_input_file_has_its_parents(tmp_path: Path, workspace: Workspace, path: str) -> None:
+@pytest.mark.parametrize("path", ["", "d/e", "./d//e", "caf\u00e9/new\nline"])
+def test_directories_of_inputs_are_made_readable_whatever_the_umask(
+    tmp_path: Path, workspace: Workspace, path: str
+) -> None:
     workspace.reset("pk")
     umask = os.umask(0o077)
     try:
-        file = workspace.input_file(path)
+        make_input(workspace, path, "a")
     finally:
         os.umask(umask)
-    file.write_text("x")
 
-    assert (tmp_path / "input" / path).read_text() == "x"
-    assert mode(file.parent) == "0o755"
+    directory = tmp_path / "input" / path
+    assert names(directory) == ["a"]
+    assert mode(directory.resolve()) == mode(directory.resolve().parent) == "0o755"
 
 
-@pytest.mark.parametrize("path", ["", ".", "/", "/etc/x", "..", "../x", "d/../../x", "a\0b"])
-def test_input_file_outside_is_refused(tmp_path: Path, workspace: Workspace, path: str) -> None:
+@pytest.mark.parametrize("path", ["/", "/etc/x", "..", "../x", "d/../../x", "a\0b"])
+def test_inputs_outside_are_refused(tmp_path: Path, workspace: Workspace, path: str) -> None:
     workspace.reset("pk")
 
     with pytest.raises(UserSafeError):
-        workspace.input_file(path)
+        workspace.open_input(path)
     assert names(tmp_path / "input") == []
 
 
-def test_input_file_goes_through_no_link(tmp_path: Path, workspace: Workspace) -> None:
+def test_inputs_go_through_no_link(tmp_path: Path, workspace: Workspace) -> None:
     workspace.reset("pk")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "input" / "d").symlink_to(tmp_path / "elsewhere")
 
-    with pytest.raises(OSError):
-        workspace.input_file("d/e/a")
+    for path in ("d", "d/e"):
+        with pytest.raises(OSError):
+            workspace.open_input(path)
     assert names(tmp_path / "elsewhere") == []
 
 
@@ -501,7 +521,7 @@ def test_walk_finds_every_regular_file(output: Path, workspace: Workspace) -> No
         ".d/.e/f": "",
         "sp ace/caf\u00e9": "b",
         "new\nline": "c",
-        "sub/.sagemaker_shim/x": "d",
+        "sub/.sagemaker_shim.x/y": "d",
         "w" * 200 + "/" + "w" * 200: "e",
     }
     for path, content in contents.items():
@@ -680,8 +700,10 @@ def test_output_that_changes_just_when_it_is_opened_is_not_found(
 def test_walk_of_a_missing_output_directory_finds_nothing(
     tmp_path: Path, workspace: Workspace, log: RecordingLog
 ) -> None:
+    workspace.reset("pk")
+    (tmp_path / "output").rmdir()
     assert list(workspace.walk_outputs(ROOT)) == []
-    assert len(log.lines) == 1
+    assert len(log.author_lines) == 1
 
 
 def test_walk_without_descriptors_fails_and_loses_no_output(

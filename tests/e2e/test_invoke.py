@@ -218,7 +218,7 @@ def test_hidden_and_odd_outputs_are_uploaded_and_nothing_else(platform: Platform
     assert [".sagemaker_shim/inference_result.json"] == [
         key.removeprefix("out/t/") for key in platform.keys("out/t/.sagemaker_shim/")
     ]
-    warnings = "\n".join(job.texts(level="WARNING", internal=True))
+    warnings = "\n".join(job.texts(level="WARNING", internal=False, task="t"))
     assert all(name in warnings for name in ("pipe", "leak", ".sagemaker_shim"))
 
 
@@ -490,7 +490,7 @@ def test_log_level_hides_internal_lines_only(platform: Platform) -> None:
     platform.environ["LOG_LEVEL"] = "ERROR"
     platform.script("echo shown")
     job = platform.invoke(platform.task())
-    assert ["shown"] == [line["log"] for line in job.lines]
+    assert ["shown"] == job.texts()
 
 
 def test_version_and_help_print_only_themselves(platform: Platform) -> None:
