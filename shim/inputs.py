@@ -62,7 +62,7 @@ class Source:
 class Sources:
     """Which object makes which file of the input directory.
 
-    It holds about 200 bytes and the path of each file, and 100 bytes for each directory.
+    It holds about 100 bytes and the path for each file, and 100 bytes for each directory.
     """
 
     def __init__(self) -> None:

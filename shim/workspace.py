@@ -56,7 +56,6 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _CAUSED_BY_USER = (
     None,  # NotAnOutput
     errno.EACCES,
-    errno.EAGAIN,  # fcntl(2): whoever holds a lease on a file has others wait, or turned away
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENOENT,
@@ -231,8 +230,6 @@ class Workspace:
         """Warn of what the user's doing made no output; any other error must not lose one."""
         if error.errno not in _CAUSED_BY_USER:
             raise error
-        if error.errno == errno.EAGAIN:
-            raise UserSafeError(f"The output {path!r} is locked by a lease") from error
         self.skip_output(path, error)
 
     def _output_file(self, path: str, entry: os.DirEntry[str], user: User) -> OutputFile:
@@ -309,6 +306,8 @@ class Workspace:
                 # A device or a FIFO is not even opened, unless it takes the name just now.
                 _check_file(os.stat(name, dir_fd=directory, follow_symlinks=False), user)
                 file = os.open(name, _FILE, dir_fd=directory)
+        except BlockingIOError as error:  # fcntl(2), F_SETLEASE: it has whoever opens the file wait
+            raise UserSafeError(f"The output {path!r} is locked by a lease") from error
         except OSError as error:
             if error.errno in _CAUSED_BY_USER and not isinstance(error, FileNotFoundError):
                 raise NotAnOutput("it is not what it was") from error

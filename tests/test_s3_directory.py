@@ -91,8 +91,7 @@ def test_transfers_work_as_with_s3(store: DirectoryStore, tmp_path: Path) -> Non
         for n in range(3)
     )
     transfers.download_all(
-        download_to(tmp_path / item.key[2:], key=item.key)
-        for item in store.list("bucket", "p/")
+        download_to(tmp_path / item.key[2:], key=item.key) for item in store.list("bucket", "p/")
     )
     assert {source.read_bytes()} == {(tmp_path / str(n)).read_bytes() for n in range(3)}
 
