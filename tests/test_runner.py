@@ -351,6 +351,40 @@ def test_no_output_of_a_failed_run_is_missed(bench: Bench) -> None:
     assert [] == warnings(bench)
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_nothing_of_the_users_takes_the_name_of_results(bench: Bench, kind: str) -> None:
+    """The bucket is a directory, and one task's prefix lies below another's."""
+
+    def act() -> None:
+        for place in ("", "n/"):
+            path = bench.root / "output" / place / ".sagemaker_shim"
+            path.parent.mkdir(exist_ok=True)
+            if kind == "directory":
+                path.mkdir()
+                (path / "inference_result.json").write_text("forged")
+            elif kind == "link":
+                path.symlink_to("../x")
+            else:
+                path.write_text("in the way")
+        (bench.root / "output/x").touch()
+
+    bench.runner.run_task(bench.task(output_prefix="out/t/n/"))
+    neighbour = bench.root / "store/b/out/t/n/.sagemaker_shim/inference_result.json"
+    before = neighbour.read_bytes()
+    bench.mode.act = act
+    bench.runner.run_task(bench.task())
+    assert (0, ["x"]) == (
+        bench.result()["return_code"],
+        [output["relative_path"] for output in bench.result()["outputs"]],
+    )
+    assert before == neighbour.read_bytes()
+    skipped = {line.partition(": ")[0] for line in warnings(bench) if "Skipping" in line}
+    assert {
+        "Skipping the output '.sagemaker_shim'",
+        "Skipping the output 'n/.sagemaker_shim'",
+    } == skipped
+
+
 def test_two_sources_of_one_file_are_the_authors_failure(bench: Bench) -> None:
     bench.store.put("b", "p/a", b"other")
     inputs = (
