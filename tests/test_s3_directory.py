@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
-from shim.s3.errors import EndpointUnresolved, S3ClientError, ServiceError
+from shim.s3.errors import Cancelled, EndpointUnresolved, S3ClientError, ServiceError
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Transfers, Upload
 from tests.s3_clients import download_to
@@ -178,3 +179,48 @@ def test_a_mapping_gives_each_bucket_its_directory(tmp_path: Path) -> None:
     assert {"in", "out"} == set(os.listdir(tmp_path))
     with pytest.raises(ServiceError, match="NoSuchBucket"):
         store.put("other", "key", b"")
+
+
+@pytest.fixture
+def vast(tmp_path: Path) -> Iterator[Path]:
+    """Yield a file of a tebibyte that holds nothing."""
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory) / "vast"
+        path.touch()
+        os.truncate(path, 1 << 40)
+        yield path
+
+
+def test_a_stop_ends_the_copy_of_a_vast_file(
+    store: DirectoryStore, vast: Path, tmp_path: Path
+) -> None:
+    """Nothing is left of it, in either direction."""
+    calls = iter(range(1000))
+    transfers = Transfers(store, concurrency=1, cancelled=lambda: next(calls) > 20)
+    upload = Upload(bucket="bucket", key="d/key", open=lambda: os.open(vast, os.O_RDONLY))
+    with pytest.raises(Cancelled):
+        transfers.upload_all([upload])
+    assert [] == os.listdir(tmp_path / "root/bucket/d")
+    store = DirectoryStore.from_buckets({"bucket": vast.parent})
+    calls = iter(range(1000))
+    transfers = Transfers(store, concurrency=1, cancelled=lambda: next(calls) > 20)
+    with pytest.raises(Cancelled):
+        transfers.download_all([download_to(tmp_path / "copy", key="vast")])
+    assert ["root"] == os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022])
+def test_downloads_are_for_everybody_and_objects_as_the_umask_says(
+    store: DirectoryStore, tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        store.put("bucket", "d/key", b"x")
+        with open_directory(tmp_path) as directory:
+            store.download("bucket", "d/key", directory, "copy")
+    finally:
+        os.umask(before)
+    modes = [
+        oct(p.stat().st_mode & 0o777) for p in (tmp_path / "copy", tmp_path / "root/bucket/d/key")
+    ]
+    assert [oct(0o644), oct(0o666 & ~umask)] == modes

@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
@@ -344,6 +345,40 @@ def test_a_failed_download_leaves_nothing_and_touches_nothing(
     with pytest.raises(ServiceError, match="AccessDenied"):
         harness.download(path)
     assert (b"before", ["file"]) == (path.read_bytes(), os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("size", [10, 30 * PART], ids=["small", "in parts"])
+def test_a_download_can_be_read_by_everybody_whatever_the_umask(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int
+) -> None:
+    store(double, size)
+    umask = os.umask(0o077)
+    try:
+        harness.download(tmp_path / "file")
+    finally:
+        os.umask(umask)
+    assert oct(0o644) == oct((tmp_path / "file").stat().st_mode & 0o7777)
+
+
+def test_a_download_stays_in_the_directory_that_was_opened(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    """Whatever takes the directory's name meanwhile, also a link to somewhere else."""
+    body = store(double, 30 * PART)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+
+    def exchange(exchange: Exchange) -> None:
+        (tmp_path / "d").rename(tmp_path / "moved")
+        (tmp_path / "d").symlink_to("elsewhere")
+        exchange.answer()
+
+    double.faults = [exchange]
+    directory = os.open(tmp_path / "d", os.O_PATH)
+    harness.client.download("bucket", "key", directory, "file")
+    os.close(directory)
+    assert body == (tmp_path / "moved/file").read_bytes()
+    assert [] == os.listdir(tmp_path / "elsewhere")
 
 
 def test_a_missing_directory_is_an_error_of_the_file_system(
@@ -710,6 +745,17 @@ def test_an_error_of_the_list_itself_is_raised(
 def test_nothing_to_do_is_done(harness: Harness) -> None:
     transfers(harness).download_all([])
     transfers(harness).upload_all([])
+
+
+def test_a_stop_ends_the_upload_of_a_vast_file(double: S3Double, harness: Harness) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory, "vast")
+        path.touch()
+        os.truncate(path, 1 << 40)
+        harness.cancelled = lambda: "UploadPart" in double.operations()
+        with pytest.raises(Cancelled):
+            harness.upload(path)
+    assert ({}, {}) == (double.buckets["bucket"], double.uploads)
 
 
 def test_a_stop_ends_what_is_under_way(double: S3Double, harness: Harness, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shim.s3.buffers import borrow_buffer
-from shim.s3.errors import FileChanged, S3ClientError, ServiceError
+from shim.s3.errors import Cancelled, FileChanged, S3ClientError, ServiceError
 from shim.s3.store import ObjectHead, ObjectSummary
 
 TYPE_CHECKING = False
@@ -102,14 +102,15 @@ class DirectoryStore:
         """Make the name in an open directory hold the object's bytes, or leave it as it was."""
         with self.open(bucket, key) as source, borrow_buffer() as buffer:
             size = os.fstat(source.fileno()).st_size
-            _replace(directory, name, _blocks(source.fileno(), size, buffer), mode=FILE_MODE)
+            blocks = _blocks(source.fileno(), size, buffer, crew)
+            _replace(directory, name, blocks, mode=FILE_MODE)
 
     def upload(
         self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
     ) -> None:
         """Store a file, whose size must not change; its position is neither used nor moved."""
         with borrow_buffer() as buffer:
-            _write(self._path(bucket, key, "PutObject"), _unchanged(fd, size, buffer, key))
+            _write(self._path(bucket, key, "PutObject"), _unchanged(fd, size, buffer, crew, key))
         self._describe(bucket, key, {})
 
     def close(self) -> None:
@@ -162,18 +163,22 @@ def _refuse(error: OSError) -> None:
         raise S3ClientError(f"The directory cannot be listed: {error}") from error
 
 
-def _blocks(fd: int, size: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Yield the first size bytes of a file, or what there is of them."""
+def _blocks(fd: int, size: int, buffer: memoryview, crew: Crew | None) -> Iterator[memoryview]:
+    """Yield the first size bytes of a file, or what there is of them, until a stop."""
     position = 0
     while read := os.preadv(fd, [buffer[: size - position]], position):
+        if crew and crew.cancelled():
+            raise Cancelled("The transfer was stopped")
         position += read
         yield buffer[:read]
 
 
-def _unchanged(fd: int, size: int, buffer: memoryview, key: str) -> Iterator[memoryview]:
+def _unchanged(
+    fd: int, size: int, buffer: memoryview, crew: Crew | None, key: str
+) -> Iterator[memoryview]:
     """Yield the bytes of a file that must not change meanwhile."""
     modified = os.fstat(fd).st_mtime_ns
-    yield from _blocks(fd, size, buffer)
+    yield from _blocks(fd, size, buffer, crew)
     status = os.fstat(fd)
     if (status.st_size, status.st_mtime_ns) != (size, modified):
         raise FileChanged(key)
