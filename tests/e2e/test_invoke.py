@@ -265,6 +265,21 @@ def test_a_key_that_is_too_long_with_its_prefix_costs_one_output(platform: Platf
     assert "its key would be longer than 1024 bytes" in warning
 
 
+@pytest.mark.parametrize("size", [1, 17 << 20], ids=["small", "in parts"])
+def test_names_that_xml_cannot_hold_are_uploaded(platform: Platform, size: int) -> None:
+    platform.command(
+        "python3",
+        "-c",
+        f"for name in ('\\x01', '\\x1b[0m', 'new\\nline', '\\ufffe'):\n"
+        f"    open('{platform.root}/output/' + name, 'wb').truncate({size})",
+    )
+    job = platform.invoke(platform.task())
+    assert (0, 0) == (job.code, platform.result()["return_code"]), job.stderr
+    outputs = {output["relative_path"] for output in platform.result()["outputs"]}
+    assert {"\x01", "\x1b[0m", "new\nline", "\ufffe"} == outputs
+    assert size == len(platform.get("out/t/\x01"))
+
+
 @needs_root
 @pytest.mark.parametrize("umask", ["077", "027"])
 def test_inputs_and_models_can_be_read_whatever_the_umask(platform: Platform, umask: str) -> None:
@@ -355,6 +370,74 @@ def test_a_full_shared_memory_is_named(platform: Platform) -> None:
         pytest.skip("needs the right to make mount namespaces")
     assert -signal.SIGBUS == platform.result()["return_code"]
     assert "/dev/shm holds at most 1 MiB" in "".join(job.texts(level="ERROR", internal=False))
+
+
+def on_small_disks(platform: Platform, **options: str) -> None:
+    """Mount tmpfs with options at the directories of a job, in a namespace of its own."""
+    mounts = []
+    for name, option in options.items():
+        (platform.root / name).mkdir(exist_ok=True)
+        mounts.append(f"mount -t tmpfs -o mode=0777,{option} none {platform.root}/{name}")
+    platform.wrapper = ["unshare", "--mount", "sh", "-c", f'{" && ".join(mounts)} && exec "$@"']
+    platform.wrapper += ["sh"]
+    if platform.run("--version").code:
+        pytest.skip("needs the right to make mount namespaces")
+
+
+FILL = {
+    "bytes": "head -c 100m /dev/zero >{}/fill",
+    "inodes": "python3 -c \"for n in range(10**6): open('{}/%s' % n, 'w')\"",
+}
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("option", "what"), [("size=3m", FILL["bytes"]), ("nr_inodes=400", FILL["inodes"])], ids=FILL
+)
+def test_a_task_that_fills_every_disk_is_followed_by_another(
+    platform: Platform, option: str, what: str
+) -> None:
+    """All that it wrote to its output is uploaded; nothing of it is in the way of the next."""
+    on_small_disks(platform, input=option, output=option, tmp=option)
+    platform.put("in/a", b"I")
+    fill = "; ".join(what.format(place) for place in ("$O", "$I", f"{platform.root}/tmp"))
+    platform.script(f"test -e $I/second || {{ {fill}; }} 2>$I/err; ls $O >&2; exit 0")
+    job = platform.invoke(
+        platform.task("1", inputs=[("first", "in/a")]),
+        platform.task("2", inputs=[("second", "in/a")]),
+    )
+    assert (0, 0, 0) == (
+        job.code,
+        platform.result("1")["return_code"],
+        platform.result("2")["return_code"],
+    )
+    assert len(platform.result("1")["outputs"]) >= (1 if "size" in option else 300)
+    assert [] == platform.result("2")["outputs"]
+    assert [] == platform.result("2")["user_process_last_stderr_lines"]
+
+
+@needs_root
+@pytest.mark.parametrize("is_zip", [False, True])
+@pytest.mark.parametrize("option", ["size=1m", "nr_inodes=2"])
+def test_inputs_that_do_not_fit_leave_a_signed_result(
+    platform: Platform, option: str, is_zip: bool
+) -> None:
+    on_small_disks(platform, input=option)
+    if is_zip:
+        platform.put("in/z", make_zip(a=" " * 3_000_000, **{"d/b": "", "e/c": ""}))
+    else:
+        platform.put("in/z", bytes(3_000_000))
+    platform.script("echo never")
+    task = platform.task(inputs=[("z/z" if is_zip else "d/e/z", "in/z")])
+    task["inputs"][0]["decompress"] = is_zip
+    job = platform.invoke(task)
+    found = job.code, platform.result()["return_code"], platform.result()["user_safe_error_message"]
+    assert found == (
+        (0, 1, "Contents of zip file too large")
+        if is_zip and "size" in option
+        else (1, 1, "The inputs of the task could not be downloaded")
+    )
+    assert "never" not in job.texts()
 
 
 NOT_FOUND = "The command defined by the containers ENTRYPOINT and CMD instructions does not exist"
