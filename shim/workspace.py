@@ -120,6 +120,7 @@ class Workspace:
             is_empty = self._reset_input(pk) and is_empty
         except OSError as error:
             self._log.error(f"Could not reset a directory: {error}")
+            self._name_link()
             raise UserSafeError(RESET_MESSAGE) from error
         if not is_empty:
             raise UserSafeError(RESET_MESSAGE)
@@ -174,6 +175,11 @@ class Workspace:
         elif self._skipped == MAX_SKIPPED + 1:
             self._warn_author("Skipping more outputs, which are not named any more")
 
+    def _name_link(self) -> None:
+        """Tell the author why the output directory is none, where a link is in its place."""
+        if self._output_path.is_symlink():
+            self._warn_author(f"{self._output_path} is a link, in place of a directory")
+
     def _warn_author(self, message: str) -> None:
         self._log.warning(message, internal=False, task=self._pk)
 
@@ -218,8 +224,7 @@ class Workspace:
             directory = self._open_output_directory(path.split("/") if path else [], user)
         except OSError as error:
             if not path and error.errno in (errno.ELOOP, errno.ENOTDIR):
-                if self._output_path.is_symlink():
-                    self._warn_author(f"{self._output_path} is a link, and was a directory before")
+                self._name_link()
                 raise UserSafeError(OUTPUT_MESSAGE) from error
             self._skip(path or ".", error)
             return
@@ -367,7 +372,8 @@ def open_directory(path: Path, *, mode: int | None = None, follow: bool = False)
         name = todo.pop()
         with closing_descriptor(here):
             try:
-                here = _enter(here, name, mode if mode is None or not todo else 0o755, _STEP)
+                mode_here = 0o755 if todo and mode is not None else mode
+                here, _ = _enter(here, name, _STEP, mode_here)
                 continue
             except OSError as error:
                 target = _read_trusted_link(here, name) if todo or follow else None
@@ -380,18 +386,18 @@ def open_directory(path: Path, *, mode: int | None = None, follow: bool = False)
         return os.open(".", _DIRECTORY, dir_fd=here)
 
 
-def _enter(here: int, name: str, mode: int | None, flags: int) -> int:
-    """Open a directory in an open one; with a mode it is made where it is missing."""
+def _enter(here: int, name: str, flags: int, mode: int | None) -> tuple[int, bool]:
+    """Open a directory in an open one; with a mode it is made, if it is missing, and True."""
     try:
-        return os.open(name, flags, dir_fd=here)
+        return os.open(name, flags, dir_fd=here), False
     except FileNotFoundError:
         if mode is None:
             raise
     with suppress(FileExistsError):  # another thread needs it too
-        os.mkdir(name, mode, dir_fd=here)
+        os.mkdir(name, dir_fd=here)
     there = os.open(name, _DIRECTORY, dir_fd=here)
-    os.fchmod(there, mode)
-    return there
+    os.fchmod(there, mode)  # whatever the umask
+    return there, True
 
 
 def _read_trusted_link(directory: int, name: str) -> str | None:
@@ -416,14 +422,8 @@ def make_directories(root: int, names: Sequence[str], owner: tuple[int, int] = (
     here = os.dup(root)
     for name in names:
         with closing_descriptor(here):
-            is_new = True
-            try:
-                os.mkdir(name, dir_fd=here)
-            except FileExistsError:
-                is_new = False
-            here = os.open(name, _DIRECTORY, dir_fd=here)
+            here, is_new = _enter(here, name, _DIRECTORY, 0o755)
         if is_new:
-            os.fchmod(here, 0o755)
             os.fchown(here, *owner)
     return here
 

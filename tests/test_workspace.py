@@ -978,9 +978,9 @@ def test_output_that_became_a_link_is_named_so(
 
     with pytest.raises(UserSafeError, match="^The containers output directory is not a directory$"):
         list(workspace.walk_outputs(ROOT))
-    assert log.author_lines == [f"{output} is a link, and was a directory before"]
     with pytest.raises(UserSafeError, match=f"^{RESET_MESSAGE}$"):
         workspace.reset("pk")
+    assert log.author_lines == [f"{output} is a link, in place of a directory"] * 2
 
 
 @pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
