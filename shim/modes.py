@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 from shim.command import child_environment, resolve_argv
@@ -19,7 +19,7 @@ from shim.logs import Log
 from shim.settings import Settings
 from shim.stopping import Stop
 from shim.tasks import InferenceTask
-from shim.users import resolve_user
+from shim.users import image_user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,11 +84,11 @@ def resolve_spec(settings: Settings, environ: Mapping[str, str]) -> ProcessSpec:
     from shim.launch import ProcessSpec
 
     argv = resolve_argv(entrypoint=settings.entrypoint, cmd=settings.cmd)
-    user = resolve_user(settings.user)
+    user = image_user(settings.user, set_extra_groups=settings.set_extra_groups)
     return ProcessSpec(
         argv=argv,
         env=child_environment(environ, home=user.home),
-        user=user if settings.set_extra_groups else replace(user, groups=()),
+        user=user,
         memory_limit_bytes=settings.max_memory_mb * 1024 * 1024 or None,
     )
 

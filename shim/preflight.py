@@ -193,7 +193,9 @@ def check_input(situation: Situation) -> Iterator[Finding]:
     settings = situation.settings
     path = settings.input_path
     if not settings.use_linked_input or is_mount_point(path):
-        yield from _judge("input", path, _find_obstacle(path), "is used in place")
+        # A link of the image's is replaced.
+        obstacle = _find_obstacle(path.parent if path.is_symlink() else path, follow=True)
+        yield from _judge("input", path, obstacle, "is used in place")
         return
     parent = settings.linked_input_parent
     obstacle = _find_obstacle(path.parent, follow=True) or _find_obstacle(parent, follow=True)
@@ -203,7 +205,9 @@ def check_input(situation: Situation) -> Iterator[Finding]:
 def check_output(situation: Situation) -> Iterator[Finding]:
     """Look whether each task can have an empty output directory, and write into it."""
     path = situation.settings.output_path
-    yield from _judge("output", path, _find_obstacle(path), "can be emptied or made")
+    follow = path.is_symlink() and path.lstat().st_uid in (0, os.geteuid())
+    obstacle = _find_obstacle(path, follow=follow)
+    yield from _judge("output", path, obstacle, "can be emptied or made")
     user = _find_user(situation)
     if path.is_dir() and not _may_write(path, user):
         yield Finding(
@@ -430,7 +434,7 @@ def _find_obstacle(path: Path, *, follow: bool = False) -> str:
     """Say why a directory cannot be made or changed, and what to do; "" when it can."""
     if path.is_symlink() and not follow:
         return "it is a link; put a directory in its place"
-    here = path
+    here = Path(os.path.realpath(path)) if follow else path
     while not os.path.lexists(here):
         here = here.parent
     if not here.is_dir():

@@ -10,17 +10,14 @@ Rule 3: tasks run one at a time, in order; the first that fails ends the list.
 
 from __future__ import annotations
 
-import os
-import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from shim.errors import ShimError, TaskStopped, UserSafeError
 from shim.logs import Log
 from shim.modes import Mode, Outcome
-from shim.s3.errors import S3ClientError
+from shim.s3.errors import FileChanged, S3ClientError
 from shim.settings import Settings
 from shim.stopping import Stop
 from shim.tasks import (
@@ -28,22 +25,25 @@ from shim.tasks import (
     InferenceIO,
     InferenceResult,
     InferenceTask,
-    is_safe_relative_path,
     result_key,
     sign,
 )
-from shim.users import resolve_user
-from shim.workspace import Workspace, closing_descriptor
+from shim.users import image_user
+from shim.workspace import Workspace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.s3.store import Store
-    from shim.s3.transfer import Download, Transfers, Upload
+    from shim.s3.transfer import Transfers, Upload
 
 STOPPED_MESSAGE = "The task was stopped before it finished"
 UNEXPECTED_MESSAGE = "An unexpected error occurred"
 DOWNLOAD_MESSAGE = "The inputs of the task could not be downloaded"
 UPLOAD_MESSAGE = "The outputs of the task could not be uploaded"
+
+# As many parts as an object may have, of the largest that there are:
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+MAX_OBJECT_BYTES = 10_000 * (5 << 30)
 
 
 class PlatformFailure(ShimError):
@@ -62,13 +62,16 @@ class Runner:
         workspace: Workspace,
         log: Log,
         stop: Stop,
+        keep_outputs_on_failure: bool = False,
     ) -> None:
+        """keep_outputs_on_failure: leave in place what could not be uploaded."""
         self._settings = settings
         self._store = store
         self._mode = mode
         self._workspace = workspace
         self._log = log
         self._stop = stop
+        self._keep_outputs_on_failure = keep_outputs_on_failure
         self._is_healthy = True
 
     @property
@@ -103,6 +106,7 @@ class Runner:
         outcome = Outcome(return_code=1)
         outputs: tuple[InferenceIO, ...] = ()
         failure: Exception | None = None
+        keep_outputs = False
         try:
             self._prepare(task)
             outcome = self._mode.run(task)
@@ -112,9 +116,14 @@ class Runner:
                 outputs = self._upload_outputs(task)
         except Exception as error:
             failure = error
+            # It had succeeded, so that only the upload can have failed.
+            keep_outputs = self._keep_outputs_on_failure and outcome.return_code == 0
             outcome = replace(outcome, return_code=1, user_safe_error_message=self._explain(error))
             self._log.error(outcome.user_safe_error_message, internal=False, task=task.pk)
-        is_clean = self._workspace.clean()
+        if keep_outputs:
+            place = self._settings.output_path
+            self._warn_author(task, f"What the command wrote is left in {place}")
+        is_clean = self._workspace.clean(keep_outputs=keep_outputs)
         self._is_healthy = self._is_healthy and is_clean and outcome.is_healthy
         result = _build_result(task, outcome, outputs)
         self._leave(task, result)
@@ -151,80 +160,62 @@ class Runner:
             transfer()
         except (S3ClientError, OSError) as error:
             self._stop.check()  # a stop cancels transfers
+            if isinstance(error, FileChanged):
+                raise UserSafeError(str(error)) from error
             raise PlatformFailure(message) from error
         self._stop.check()
 
     def _download_inputs(self, task: InferenceTask) -> None:
-        from shim.archives import extract_zip
+        from shim.inputs import Inputs
 
-        archives: list[tuple[Path, Path]] = []
-        self._transfers().download_all(self._downloads(task, archives))
-        for archive, directory in archives:
-            with (
-                closing_descriptor(os.open(directory, os.O_RDONLY | os.O_DIRECTORY)) as parent,
-                open(archive, "rb", buffering=0) as file,
-            ):
-                extract_zip(file, parent, lambda names: None, check=self._stop.check)
-            archive.unlink()
-
-    def _downloads(
-        self, task: InferenceTask, archives: list[tuple[Path, Path]]
-    ) -> Iterator[Download]:
-        """Yield a download for each object; a zip goes to a temporary name, noted in `archives`."""
-        from shim.s3.transfer import Download
-
-        for item in task.inputs:
-            for key, relative_path in self._objects(item):
-                path = self._workspace.input_file(relative_path)
-                if item.decompress:
-                    directory = path.parent
-                    path = self._workspace.input_file(f".{len(archives)}.zip.sagemaker_shim")
-                    archives.append((path, directory))
-                self._log.debug(f"Downloading {key!r} from {item.bucket_name} to {path}")
-                yield Download(bucket=item.bucket_name, key=key, path=path)
-
-    def _objects(self, item: InferenceIO) -> Iterator[tuple[str, str]]:
-        """Yield (key, relative path) of the object or of everything below the prefix."""
-        if not item.is_prefix:
-            yield item.bucket_key, item.relative_path
-            return
-        for summary in self._store.list(item.bucket_name, item.bucket_key):
-            rest = summary.key.removeprefix(item.bucket_key)
-            if not rest or rest.endswith("/"):
-                continue  # a marker of a directory
-            if not is_safe_relative_path(rest):
-                raise PlatformFailure(DOWNLOAD_MESSAGE) from ValueError(
-                    f"the key {summary.key!r} below the prefix {item.bucket_key!r} names no file"
-                )
-            yield summary.key, posixpath.normpath(posixpath.join(item.relative_path, rest))
+        inputs = Inputs(
+            task, store=self._store, workspace=self._workspace, log=self._log, stop=self._stop
+        )
+        if not inputs.bring(self._transfers()):
+            self._warn_author(task, "The task has no inputs")
 
     def _upload_outputs(self, task: InferenceTask) -> tuple[InferenceIO, ...]:
-        outputs: list[InferenceIO] = []
+        outputs: dict[str, InferenceIO] = {}
         self._guard(
             UPLOAD_MESSAGE, lambda: self._transfers().upload_all(self._uploads(task, outputs))
         )
-        return tuple(sorted(outputs, key=lambda output: output.relative_path))
+        if not outputs:
+            self._warn_author(task, "The command succeeded and wrote no output")
+        return tuple(outputs[path] for path in sorted(outputs))
 
-    def _uploads(self, task: InferenceTask, outputs: list[InferenceIO]) -> Iterator[Upload]:
-        """Yield an upload for each output file, noting it in `outputs`."""
+    def _uploads(self, task: InferenceTask, outputs: dict[str, InferenceIO]) -> Iterator[Upload]:
+        """Yield an upload for each output file, noting it in `outputs` unless it is refused."""
         from shim.s3.transfer import Upload
 
-        for file in self._workspace.walk_outputs(resolve_user(self._settings.user)):
-            key = task.output_prefix + file.relative_path
+        user = image_user(self._settings.user, set_extra_groups=self._settings.set_extra_groups)
+
+        def skip(path: str, reason: object) -> None:
+            outputs.pop(path, None)
+            self._workspace.skip_output(path, reason)
+
+        for file in self._workspace.walk_outputs(user, prefix=task.output_prefix):
+            path, key = file.relative_path, task.output_prefix + file.relative_path
+            if file.size > MAX_OBJECT_BYTES:
+                skip(path, f"it has {file.size} bytes, more than S3 can hold")
+                continue
             try:
                 fd = file.open()
             except FileNotFoundError as error:  # a server of the user's may still be at work
-                self._log.warning(f"Skipping the output {file.relative_path!r}: {error}")
+                skip(path, error)
                 continue
-            self._log.debug(f"Uploading {file.relative_path!r} to {task.output_bucket_name}")
-            yield Upload(bucket=task.output_bucket_name, key=key, open=partial(int, fd))
-            outputs.append(
-                InferenceIO(
-                    relative_path=file.relative_path,
-                    bucket_name=task.output_bucket_name,
-                    bucket_key=key,
-                )
+            self._log.debug(f"Uploading {path!r} to {task.output_bucket_name}")
+            outputs[path] = InferenceIO(
+                relative_path=path, bucket_name=task.output_bucket_name, bucket_key=key
             )
+            yield Upload(
+                bucket=task.output_bucket_name,
+                key=key,
+                open=partial(int, fd),
+                refuse=partial(skip, path),
+            )
+
+    def _warn_author(self, task: InferenceTask, message: str) -> None:
+        self._log.warning(message, internal=False, task=task.pk)
 
     def _leave(self, task: InferenceTask, result: InferenceResult) -> None:
         key = result_key(task.output_prefix)

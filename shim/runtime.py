@@ -7,7 +7,6 @@ mode.teardown -> post-clean directories
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from shim.errors import TaskStopped, UserSafeError
@@ -17,8 +16,13 @@ from shim.runner import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
 from shim.settings import Settings
 from shim.stopping import Stop
 from shim.tasks import RuntimeSetupResult, runtime_setup_key
-from shim.users import resolve_user
-from shim.workspace import clean_directory, closing_descriptor, ensure_writable_directories
+from shim.users import image_user
+from shim.workspace import (
+    clean_directory,
+    closing_descriptor,
+    ensure_writable_directories,
+    open_directory,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,25 +88,32 @@ class Runtime:
 
         self._stop.check()
         self._log.info(f"Unpacking the {name} from {source} to {destination}")
+        settings = self._settings
         try:
-            user = resolve_user(self._settings.user)
-            destination.mkdir(parents=True, exist_ok=True)
+            user = image_user(settings.user, set_extra_groups=settings.set_extra_groups)
             with (
-                closing_descriptor(os.open(destination, os.O_RDONLY | os.O_DIRECTORY)) as directory,
+                closing_descriptor(open_directory(destination, mode=0o755, follow=True)) as there,
                 self._store.open(source.bucket, source.key) as stream,
             ):
                 extract_tar(
-                    stream, directory, user=user, warn=self._log.warning, check=self._stop.check
+                    stream, there, user=user, warn=self._warn_author, check=self._stop.check
                 )
         except UserSafeError as error:
             self._log.error(f"Could not unpack the {name}: {error.__cause__ or error}")
             raise UserSafeError(f"Could not set up {name}: {error}") from error
+        except OSError as error:  # a link of the user's in a container that was started again, ...
+            raise UserSafeError(
+                f"Could not set up {name}: {destination} cannot be used: {error.strerror}"
+            ) from error
         except S3ClientError as error:
             self._stop.check()  # a stop ends the download
             self._log.error(f"Could not read the {name}: {error}")
             raise UserSafeError(
                 f"Could not set up {name}: Tarfile could not be downloaded"
             ) from error
+
+    def _warn_author(self, message: str) -> None:
+        self._log.warning(message, internal=False)
 
     def _leave(self, result: RuntimeSetupResult) -> None:
         leave_setup_result(self._settings, self._store, result, self._log)

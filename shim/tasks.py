@@ -270,6 +270,9 @@ def _overlaps(inputs: Mapping[int, InferenceIO]) -> Iterator[InvalidFields]:
         path = PurePosixPath(io.relative_path)
         # An archive is unpacked beside its path, which it leaves free.
         places = path.parents if io.decompress else (path, *path.parents)
-        if any(files.get(str(place), index) != index for place in places):
-            message = "The path is, or lies inside, the file of another input"
+        others = (files.get(str(place), index) for place in places)
+        other = next((other for other in others if other != index), None)
+        if other is not None:
+            uri = f"s3://{inputs[other].bucket_name}/{inputs[other].bucket_key}"
+            message = f"The path is, or lies inside, the file of inputs[{other}], {uri}"
             yield refusal(io.relative_path, message, loc=(index, "relative_path"))

@@ -58,6 +58,12 @@ def resolve_user(user: str, *, passwd: Path = PASSWD, group: Path = GROUP) -> Us
     return replace(found, gid=gid, groups=(gid, *sorted(memberships - {gid})))
 
 
+def image_user(user: str, *, set_extra_groups: bool) -> User:
+    """Resolve the image's USER, with the groups that its processes get."""
+    found = resolve_user(user)
+    return found if set_extra_groups else replace(found, groups=())
+
+
 def _find_user(wanted: str, passwd: Path) -> User:
     """Return the first user of that name or id; an unknown id is root's group's, as in Docker."""
     wanted_uid = _parse_wanted_id(wanted)

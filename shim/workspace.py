@@ -1,13 +1,14 @@
 """Keep the directories of a task: made and emptied around it, its outputs found afterwards.
 
-Rule 1: user code is hostile and may still be running. Every step below our directories is one
-        name in an open directory, never followed through a link.
-Rule 2: a link in place of one of our directories is refused. A link inside is removed as a link;
-        as an output it counts only where it leads to a file inside.
+Rule 1: user code is hostile and may still be running. Every step is one name in an open directory,
+        followed through no link but, above and up to our directories, one of root's.
+Rule 2: a link in place of one of our directories is refused, unless the image came with it. A link
+        inside is removed as a link; as an output it counts only where it leads to a file inside.
 Rule 3: what is mounted inside belongs to the operator and is left alone by cleaning.
 Rule 4: memory does not grow with the number of files, nor descriptors with the depth of a tree.
 Rule 5: cleaning after a task only warns; the reset before the next one raises.
 Rule 6: nothing is opened for the user that he could not have read himself.
+Rule 7: what is made for the user is readable for him, whatever the umask.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,17 +34,23 @@ if TYPE_CHECKING:
 RESET_MESSAGE = "The containers input and output directories could not be reset"
 OUTPUT_MESSAGE = "The containers output directory is not a directory"
 
-# The shim's own objects lie below this name; the user's files must not pass for them.
-RESERVED_DIRECTORY = ".sagemaker_shim"
+# The shim's own objects lie below this name; nothing of the user's must pass for them, or be in
+# their way where a bucket is a directory.
+RESERVED_NAME = ".sagemaker_shim"
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html; it also bounds the walk.
 MAX_KEY_BYTES = 1024
 MAX_LINKS = 40  # path_resolution(7)
-MAX_WARNINGS = 20
+MAX_WARNINGS = 20  # of what one cleaning could not remove
+MAX_SKIPPED = 100  # outputs of one task that are named
 MAX_PENDING = 10_000  # names held of one directory
 ATTEMPTS = 3
+# Shared by users who must not remove each other's files, whatever an image made of them.
+SHARED_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")
+OVERFLOW_UID = 65534  # user_namespaces(7): owns what no uid of ours stands for
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 _CAUSED_BY_USER = (
@@ -89,36 +96,58 @@ class Workspace:
         self._linked_input_parent = linked_input_parent
         self._log = log
         self._input_root = input_path
+        self._is_first = True
+        self._output_is_link = False  # of the image's
+        self._pk: str | None = None
+        self._skipped = 0
 
     def reset(self, pk: str) -> None:
-        """Make empty directories for the task pk; UserSafeError when that cannot be done."""
+        """Make empty directories for the task pk; UserSafeError when that cannot be done.
+
+        A link that is there the first time is the image's: the output's is followed if it is
+        root's, the input's replaced.
+        """
+        self._pk, self._skipped = pk, 0
         try:
-            is_empty = self._reset_directory(self._output_path, mode=0o777)
+            if self._is_first:
+                self._output_is_link = self._output_path.is_symlink()
+                if self._input_path.is_symlink():
+                    self._remove(self._input_path)
+            self._is_first = False
+            is_empty = self._reset_directory(
+                self._output_path, mode=0o777, follow=self._output_is_link
+            )
             is_empty = self._reset_input(pk) and is_empty
         except OSError as error:
             self._log.error(f"Could not reset a directory: {error}")
+            self._name_link()
             raise UserSafeError(RESET_MESSAGE) from error
         if not is_empty:
             raise UserSafeError(RESET_MESSAGE)
 
-    def clean(self) -> bool:
+    def clean(self, *, keep_outputs: bool = False) -> bool:
         """Empty the directories after a task and return whether nothing is left in them."""
-        is_clean = clean_directory(self._output_path, self._log)
+        is_clean = keep_outputs or clean_directory(
+            self._output_path, self._log, follow=self._output_is_link
+        )
         return clean_directory(self._input_root, self._log) and is_clean
 
-    def input_file(self, relative_path: str) -> Path:
-        """Return where an input belongs, with its parents made; UserSafeError if not inside."""
-        path = Path(relative_path)
-        if path.is_absolute() or ".." in path.parts or not path.name or "\0" in relative_path:
-            raise UserSafeError(f"The path of an input is not valid: {relative_path!r}")
-        with closing_descriptor(os.open(self._input_root, _DIRECTORY)) as root:
-            os.close(make_directories(root, path.parts[:-1]))
-        return self._input_root / path
+    def open_input(self, relative_path: str) -> int:
+        """Return a descriptor of a directory below the input's, "" for that one itself.
 
-    def walk_outputs(self, user: User) -> Iterator[OutputFile]:
+        Those that are missing are made. Raises UserSafeError when it would not lie inside.
+        """
+        path = Path(relative_path)
+        if path.is_absolute() or ".." in path.parts or "\0" in relative_path:
+            raise UserSafeError(f"The path of an input is not valid: {relative_path!r}")
+        with closing_descriptor(open_directory(self._input_root)) as root:
+            return make_directories(root, path.parts)
+
+    def walk_outputs(self, user: User, *, prefix: str = "") -> Iterator[OutputFile]:
         """Yield every file that is an output of the user's process; warn of what is left out.
 
-        Raises UserSafeError when the output directory has become something else.
+        Together with the prefix each path is a key that S3 can hold. Raises UserSafeError when
+        the output directory has become something else.
         """
         pending = [""]
         while pending:
@@ -126,10 +155,10 @@ class Workspace:
             for entry in self._scan(directory, user):
                 path = os.path.join(directory, entry.name)
                 try:
-                    _check_key(path)
+                    if entry.name == RESERVED_NAME:
+                        raise NotAnOutput("the name is reserved")
+                    _check_key(prefix, path)
                     if entry.is_dir(follow_symlinks=False):
-                        if path == RESERVED_DIRECTORY:
-                            raise NotAnOutput("the name is reserved")
                         pending.append(path)
                         continue
                     file = self._output_file(path, entry, user)
@@ -137,6 +166,22 @@ class Workspace:
                     self._skip(path, error)
                 else:
                     yield file
+
+    def skip_output(self, path: str, reason: object) -> None:
+        """Warn the author that a file is no output, and why."""
+        self._skipped += 1
+        if self._skipped <= MAX_SKIPPED:
+            self._warn_author(f"Skipping the output {path!r}: {reason}")
+        elif self._skipped == MAX_SKIPPED + 1:
+            self._warn_author("Skipping more outputs, which are not named any more")
+
+    def _name_link(self) -> None:
+        """Tell the author why the output directory is none, where a link is in its place."""
+        if self._output_path.is_symlink():
+            self._warn_author(f"{self._output_path} is a link, in place of a directory")
+
+    def _warn_author(self, message: str) -> None:
+        self._log.warning(message, internal=False, task=self._pk)
 
     def _reset_input(self, pk: str) -> bool:
         previous, self._input_root = self._input_root, self._input_path
@@ -150,23 +195,28 @@ class Workspace:
                 self._log.warning(f"Could not remove the inputs of the previous task: {error}")
         self._remove(linked)
         self._remove(self._input_path)
-        os.close(_open_or_make(linked, mode=0o755))
-        os.close(_open_or_make(self._input_path.parent, mode=0o755, follow=True))
-        self._input_path.symlink_to(linked, target_is_directory=True)
+        os.close(open_directory(linked, mode=0o755))
+        parent = open_directory(self._input_path.parent, mode=0o755, follow=True)
+        with closing_descriptor(parent):
+            os.symlink(linked, self._input_path.name, dir_fd=parent)
         self._input_root = linked
         return True
 
-    def _reset_directory(self, path: Path, *, mode: int) -> bool:
-        with closing_descriptor(_open_or_make(path, mode=mode)) as directory:
+    def _reset_directory(self, path: Path, *, mode: int, follow: bool = False) -> bool:
+        with closing_descriptor(open_directory(path, mode=mode, follow=follow)) as directory:
             return _Emptying(directory, str(path), self._log).run()
 
     def _remove(self, path: Path) -> None:
         """Remove a link, a file or a directory with everything in it, if there is one."""
         try:
-            path.unlink(missing_ok=True)
-        except IsADirectoryError:
-            clean_directory(path, self._log)
-            path.rmdir()
+            with closing_descriptor(open_directory(path.parent, follow=True)) as parent:
+                try:
+                    os.unlink(path.name, dir_fd=parent)
+                except IsADirectoryError:
+                    clean_directory(path, self._log)
+                    os.rmdir(path.name, dir_fd=parent)
+        except FileNotFoundError:
+            return
 
     def _scan(self, path: str, user: User) -> Iterator[os.DirEntry[str]]:
         """Yield the entries of a directory below the output directory."""
@@ -174,8 +224,9 @@ class Workspace:
             directory = self._open_output_directory(path.split("/") if path else [], user)
         except OSError as error:
             if not path and error.errno in (errno.ELOOP, errno.ENOTDIR):
+                self._name_link()
                 raise UserSafeError(OUTPUT_MESSAGE) from error
-            self._skip(path, error)
+            self._skip(path or ".", error)
             return
         with closing_descriptor(directory), os.scandir(directory) as entries:
             yield from entries
@@ -184,7 +235,7 @@ class Workspace:
         """Warn of what the user's doing made no output; any other error must not lose one."""
         if error.errno not in _CAUSED_BY_USER:
             raise error
-        self._log.warning(f"Skipping the output {path!r}: {error}")
+        self.skip_output(path, error)
 
     def _output_file(self, path: str, entry: os.DirEntry[str], user: User) -> OutputFile:
         if entry.is_symlink():
@@ -243,7 +294,7 @@ class Workspace:
         """Open a directory below the output directory if the user may read all that leads there."""
         if len(names) > MAX_KEY_BYTES:
             raise NotAnOutput("it lies too deep")
-        here = os.open(self._output_path, _DIRECTORY)
+        here = open_directory(self._output_path, follow=self._output_is_link)
         for name in names:
             with closing_descriptor(here):
                 here = os.open(name, _DIRECTORY, dir_fd=here)
@@ -260,6 +311,8 @@ class Workspace:
                 # A device or a FIFO is not even opened, unless it takes the name just now.
                 _check_file(os.stat(name, dir_fd=directory, follow_symlinks=False), user)
                 file = os.open(name, _FILE, dir_fd=directory)
+        except BlockingIOError as error:  # fcntl(2), F_SETLEASE: it has whoever opens the file wait
+            raise UserSafeError(f"The output {path!r} is locked by a lease") from error
         except OSError as error:
             if error.errno in _CAUSED_BY_USER and not isinstance(error, FileNotFoundError):
                 raise NotAnOutput("it is not what it was") from error
@@ -272,13 +325,14 @@ class Workspace:
         return file
 
 
-def clean_directory(path: Path, log: Log) -> bool:
+def clean_directory(path: Path, log: Log, *, follow: bool = False) -> bool:
     """Empty a directory, warn of what cannot be removed, and return whether it is empty.
 
-    One that is missing is empty; a link in its place is reported, neither followed nor removed.
+    One that is missing is empty; a link in its place is reported, neither followed nor removed,
+    unless a link of root's is to be followed.
     """
     try:
-        with closing_descriptor(os.open(path, _DIRECTORY)) as directory:
+        with closing_descriptor(open_directory(path, follow=follow)) as directory:
             return _Emptying(directory, str(path), log).run()
     except FileNotFoundError:
         return True
@@ -294,14 +348,70 @@ def ensure_writable_directories(paths: Sequence[Path], log: Log) -> None:
     """
     for path in paths:
         try:
-            follow = path.is_symlink() and path.lstat().st_uid == 0
-            with closing_descriptor(_open_or_make(path, mode=0o777, follow=follow)) as directory:
+            with closing_descriptor(open_directory(path, mode=0o755, follow=True)) as directory:
                 mode = stat.S_IMODE(os.fstat(directory).st_mode)
-                wanted = 0o777 | mode & stat.S_ISVTX
+                is_shared = os.path.normpath(path) in SHARED_DIRECTORIES
+                wanted = 0o777 | (stat.S_ISVTX if is_shared else mode & stat.S_ISVTX)
                 if mode != wanted:
                     os.fchmod(directory, wanted)
         except OSError as error:
-            log.warning(f"Could not make a directory writable: {error}")
+            log.warning(f"Could not make a directory writable: {path}: {error.strerror}")
+
+
+def open_directory(path: Path, *, mode: int | None = None, follow: bool = False) -> int:
+    """Open a directory step by step from the root on, through no link that root did not make.
+
+    - mode: of the directory when it is missing, those on the way are made with 0755; None to make
+      nothing and raise FileNotFoundError
+    - follow: whether the last name may be a link of root's too
+    """
+    todo = [*path.absolute().parts[:0:-1]]
+    here = os.open("/", _STEP)
+    links = 0
+    while todo:
+        name = todo.pop()
+        with closing_descriptor(here):
+            try:
+                mode_here = 0o755 if todo and mode is not None else mode
+                here, _ = _enter(here, name, _STEP, mode_here)
+                continue
+            except OSError as error:
+                target = _read_trusted_link(here, name) if todo or follow else None
+                links += 1
+                if target is None or links > MAX_LINKS:
+                    raise OSError(error.errno, error.strerror, str(path)) from error
+            here = os.open("/" if target.startswith("/") else ".", _STEP, dir_fd=here)
+            todo += [name for name in target.split("/")[::-1] if name not in ("", ".")]
+    with closing_descriptor(here):
+        return os.open(".", _DIRECTORY, dir_fd=here)
+
+
+def _enter(here: int, name: str, flags: int, mode: int | None) -> tuple[int, bool]:
+    """Open a directory in an open one; with a mode it is made, if it is missing, and True."""
+    try:
+        return os.open(name, flags, dir_fd=here), False
+    except FileNotFoundError:
+        if mode is None:
+            raise
+    with suppress(FileExistsError):  # another thread needs it too
+        os.mkdir(name, dir_fd=here)
+    there = os.open(name, _DIRECTORY, dir_fd=here)
+    os.fchmod(there, mode)  # whatever the umask
+    return there, True
+
+
+def _read_trusted_link(directory: int, name: str) -> str | None:
+    """Return the target of a link that root or we ourselves made; None if it is no such link."""
+    try:
+        with closing_descriptor(os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=directory)) as link:
+            owner = os.fstat(link).st_uid
+            # In a user namespace without root, root owns nothing that we can see.
+            is_roots = owner == OVERFLOW_UID == os.stat("/").st_uid
+            if owner in (0, os.geteuid()) or is_roots:
+                return os.readlink("", dir_fd=link)
+    except OSError:  # it is something else
+        pass
+    return None
 
 
 def make_directories(root: int, names: Sequence[str], owner: tuple[int, int] = (-1, -1)) -> int:
@@ -312,14 +422,8 @@ def make_directories(root: int, names: Sequence[str], owner: tuple[int, int] = (
     here = os.dup(root)
     for name in names:
         with closing_descriptor(here):
-            is_new = True
-            try:
-                os.mkdir(name, dir_fd=here)
-            except FileExistsError:
-                is_new = False
-            here = os.open(name, _DIRECTORY, dir_fd=here)
+            here, is_new = _enter(here, name, _DIRECTORY, 0o755)
         if is_new:
-            os.fchmod(here, 0o755)
             os.fchown(here, *owner)
     return here
 
@@ -435,18 +539,6 @@ def _identity(directory: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _open_or_make(path: Path, *, mode: int, follow: bool = False) -> int:
-    """Open a directory; one that is missing is made with this mode, its parents with 0755."""
-    try:
-        return os.open(path, _DIRECTORY & ~os.O_NOFOLLOW if follow else _DIRECTORY)
-    except FileNotFoundError:
-        os.close(_open_or_make(path.parent, mode=0o755, follow=True))
-        os.mkdir(path)
-    directory = os.open(path, _DIRECTORY)
-    os.fchmod(directory, mode)
-    return directory
-
-
 def is_mount_point(path: Path) -> bool:
     """Return whether something is mounted at this very name, be it from the same file system."""
     try:
@@ -462,13 +554,14 @@ def _mount_id(path: Path) -> list[str]:
     return info.partition("mnt_id:")[2].split()[:1]
 
 
-def _check_key(path: str) -> None:
+def _check_key(prefix: str, path: str) -> None:
     try:
         size = len(path.encode())
     except UnicodeEncodeError:
         raise NotAnOutput("the name is not UTF-8") from None
+    size += len(prefix.encode())
     if size > MAX_KEY_BYTES:
-        raise NotAnOutput(f"the name is longer than {MAX_KEY_BYTES} bytes")
+        raise NotAnOutput(f"its key would be longer than {MAX_KEY_BYTES} bytes")
 
 
 def _check_file(status: os.stat_result, user: User) -> None:

@@ -39,6 +39,13 @@ class OneIdentity:
         return self._keys[0]
 
 
+def download_to(path: Path, *, key: str, bucket: str = "bucket") -> Download:
+    """Describe a download into a directory that exists when it begins."""
+    return Download(
+        bucket=bucket, key=key, open=lambda: os.open(path.parent, os.O_PATH), name=path.name
+    )
+
+
 @dataclass(kw_only=True)
 class Harness:
     """A client with its surroundings."""
@@ -51,7 +58,7 @@ class Harness:
 
     def download(self, path: Path, key: str = "key", *, concurrency: int = 4) -> bytes:
         transfers = Transfers(self.client, concurrency=concurrency, cancelled=self.cancelled)
-        transfers.download_all([Download(bucket="bucket", key=key, path=path)])
+        transfers.download_all([download_to(path, key=key)])
         return path.read_bytes()
 
     def upload(self, path: Path, key: str = "key", *, concurrency: int = 4) -> None:

@@ -25,7 +25,7 @@ logs frozen users executables descendants launch relay process workspace archive
 s3.affinity s3.crew s3.buffers s3.store s3.wire s3.tls s3.http1 s3.transport
 s3.credential_sources s3.credentials s3.operations s3.pace s3.download s3.upload
 s3.directory s3.client s3.transfer
-modes invoke_mode runner runtime preflight rehearsal
+modes invoke_mode inputs runner runtime preflight rehearsal
 server service
 cli __main__
 """.split()
@@ -115,7 +115,8 @@ def test_the_distribution_requires_nothing() -> None:
 LATE = """
 _hashlib asyncio concurrent ctypes hashlib hmac logging subprocess tarfile tempfile textwrap
 traceback typing unittest urllib.request uuid xml zipfile
-shim.archives shim.invoke_mode shim.launch shim.preflight shim.process shim.relay shim.s3.client
+shim.archives shim.inputs shim.invoke_mode shim.launch shim.preflight shim.process shim.relay
+shim.s3.client
 """.split()
 
 

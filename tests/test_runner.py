@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from shim.runner import (
     Runner,
 )
 from shim.s3.directory import DirectoryStore
-from shim.s3.errors import S3ClientError
+from shim.s3.errors import S3ClientError, ServiceError
 from shim.settings import Settings
 from shim.stopping import Stop
 from shim.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, result_key, sign
@@ -85,6 +88,7 @@ class BrokenStore(DirectoryStore):
 class Bench:
     """A runner, what it works with, and the lines that it wrote."""
 
+    build_runner: Callable[..., Runner]
     runner: Runner
     mode: FakeMode
     store: BrokenStore
@@ -121,7 +125,12 @@ class Bench:
 def bench(tmp_path: Path) -> Iterator[Bench]:
     store = BrokenStore(tmp_path / "store")
     store.put("b", "in/a", b"content")
-    settings = Settings.from_environ({"GRAND_CHALLENGE_COMPONENT_SIGNING_KEY_HEX": KEY.hex()})
+    settings = Settings.from_environ(
+        {
+            "GRAND_CHALLENGE_COMPONENT_SIGNING_KEY_HEX": KEY.hex(),
+            "GRAND_CHALLENGE_COMPONENT_OUTPUT_PATH": str(tmp_path / "output"),
+        }
+    )
     mode, stop = FakeMode(), Stop()
     with (tmp_path / "log").open("wb") as stream:
         log = Log(stdout_fd=stream.fileno(), stderr_fd=stream.fileno())
@@ -131,10 +140,16 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
             linked_input_parent=tmp_path / "linked",
             log=log,
         )
-        runner = Runner(
-            settings=settings, store=store, mode=mode, workspace=workspace, log=log, stop=stop
+        build_runner = partial(
+            Runner,
+            settings=settings,
+            store=store,
+            mode=mode,
+            workspace=workspace,
+            log=log,
+            stop=stop,
         )
-        yield Bench(runner, mode, store, stop, tmp_path, tmp_path / "log")
+        yield Bench(build_runner, build_runner(), mode, store, stop, tmp_path, tmp_path / "log")
 
 
 def raising(error: Exception) -> Callable[[], Outcome]:
@@ -265,8 +280,7 @@ def test_a_mode_that_died_is_unhealthy(bench: Bench) -> None:
 
 
 def test_a_reset_that_fails_is_unhealthy_and_leaves_a_result(bench: Bench) -> None:
-    (bench.root / "elsewhere").mkdir()
-    (bench.root / "output").symlink_to(bench.root / "elsewhere")
+    (bench.root / "output").touch()
     bench.runner.run_task(bench.task())
     assert not bench.runner.is_healthy
     assert [] == bench.mode.ran
@@ -311,6 +325,184 @@ def test_a_prefix_is_everything_below_it_without_its_markers(bench: Bench) -> No
     inputs = (InferenceIO(relative_path=".", bucket_name="b", bucket_key="p/"),)
     bench.runner.run_task(bench.task(inputs=inputs))
     assert ["a", "d/b"] == seen
+
+
+def warnings(bench: Bench) -> list[str]:
+    return bench.lines(level="WARNING", internal=False, task="t")
+
+
+def test_a_task_with_inputs_and_outputs_gives_no_reason_to_warn(bench: Bench) -> None:
+    bench.mode.act = lambda: (bench.root / "output/x").touch()
+    bench.runner.run_task(bench.task())
+    assert [] == warnings(bench)
+
+
+def test_a_task_without_inputs_and_outputs_is_told_once_each(bench: Bench) -> None:
+    inputs = (InferenceIO(relative_path=".", bucket_name="b", bucket_key="none/"),)
+    bench.runner.run_task(bench.task(inputs=inputs))
+    assert ["The task has no inputs", "The command succeeded and wrote no output"] == (
+        warnings(bench)
+    )
+
+
+def test_no_output_of_a_failed_run_is_missed(bench: Bench) -> None:
+    bench.mode.act = lambda: Outcome(return_code=1)
+    bench.runner.run_task(bench.task())
+    assert [] == warnings(bench)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_nothing_of_the_users_takes_the_name_of_results(bench: Bench, kind: str) -> None:
+    """The bucket is a directory, and one task's prefix lies below another's."""
+
+    def act() -> None:
+        for place in ("", "n/"):
+            path = bench.root / "output" / place / ".sagemaker_shim"
+            path.parent.mkdir(exist_ok=True)
+            if kind == "directory":
+                path.mkdir()
+                (path / "inference_result.json").write_text("forged")
+            elif kind == "link":
+                path.symlink_to("../x")
+            else:
+                path.write_text("in the way")
+        (bench.root / "output/x").touch()
+
+    bench.runner.run_task(bench.task(output_prefix="out/t/n/"))
+    neighbour = bench.root / "store/b/out/t/n/.sagemaker_shim/inference_result.json"
+    before = neighbour.read_bytes()
+    bench.mode.act = act
+    bench.runner.run_task(bench.task())
+    assert (0, ["x"]) == (
+        bench.result()["return_code"],
+        [output["relative_path"] for output in bench.result()["outputs"]],
+    )
+    assert before == neighbour.read_bytes()
+    skipped = {line.partition(": ")[0] for line in warnings(bench) if "Skipping" in line}
+    assert {
+        "Skipping the output '.sagemaker_shim'",
+        "Skipping the output 'n/.sagemaker_shim'",
+    } == skipped
+
+
+def test_two_sources_of_one_file_are_the_authors_failure(bench: Bench) -> None:
+    bench.store.put("b", "p/a", b"other")
+    inputs = (
+        InferenceIO(relative_path="a", bucket_name="b", bucket_key="in/a"),
+        InferenceIO(relative_path=".", bucket_name="b", bucket_key="p/"),
+    )
+    bench.runner.run_task(bench.task(inputs=inputs))
+    message = "Two inputs need one place, 'a': s3://b/in/a and s3://b/p/a"
+    assert (1, message) == (
+        bench.result()["return_code"],
+        bench.result()["user_safe_error_message"],
+    )
+    assert [] == bench.mode.ran
+
+
+@pytest.mark.parametrize("change", ["grow", "shrink", "touch"])
+def test_an_output_that_changes_while_it_is_uploaded_is_the_authors_failure(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    file = bench.root / "output/d/file"
+    real_preadv = os.preadv
+
+    def preadv(*arguments: Any) -> int:
+        monkeypatch.undo()
+        os.truncate(file, {"grow": 4 << 20, "shrink": 1 << 20, "touch": 2 << 20}[change])
+        return real_preadv(*arguments)
+
+    def act() -> None:
+        file.parent.mkdir()
+        file.write_bytes(bytes(2 << 20))
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    bench.mode.act = act
+    bench.runner.run_task(bench.task())
+    assert (1, "The file for 'out/t/d/file' changed while it was uploaded", []) == (
+        bench.result()["return_code"],
+        bench.result()["user_safe_error_message"],
+        bench.result()["outputs"],
+    )
+    assert not (bench.root / "store/b/out/t/d/file").exists()
+
+
+REFUSALS = ["InvalidObjectName", "InvalidURI", "KeyTooLongError", "XMinioInvalidObjectName"]
+
+
+@pytest.mark.parametrize("code", [*REFUSALS, "AccessDenied"])
+def test_a_key_that_the_store_refuses_costs_this_output_alone(bench: Bench, code: str) -> None:
+    class Picky(BrokenStore):
+        def upload(self, bucket: str, key: str, *arguments: Any, **options: Any) -> None:
+            if key.endswith("\x01"):
+                raise ServiceError(
+                    operation="PutObject",
+                    bucket=bucket,
+                    key=key,
+                    status=400,
+                    code=code,
+                    message="No",
+                    headers={},
+                )
+            super().upload(bucket, key, *arguments, **options)
+
+    bench.store.__class__ = Picky
+
+    def act() -> None:
+        for name in ("a", "odd\x01", "z"):
+            (bench.root / "output" / name).touch()
+
+    bench.mode.act = act
+    if code not in REFUSALS:
+        with pytest.raises(PlatformFailure, match=UPLOAD_MESSAGE):
+            bench.runner.run_task(bench.task())
+        return
+    result = bench.runner.run_task(bench.task())
+    assert (0, ["a", "z"]) == (result.return_code, [item.relative_path for item in result.outputs])
+    (warning,) = warnings(bench)
+    assert warning.startswith("Skipping the output 'odd\\x01': ") and code in warning
+
+
+def test_an_output_that_is_larger_than_an_object_can_be_is_skipped(
+    bench: Bench,
+) -> None:
+    def act() -> None:
+        for name, size in (("vast", 60 << 40), ("small", 1)):
+            with (bench.root / "output" / name).open("wb") as file:
+                file.truncate(size)
+
+    bench.mode.act = act
+    with TemporaryDirectory(dir="/dev/shm") as directory:  # tmpfs, where files may be vast
+        (bench.root / "output").symlink_to(directory)
+        result = bench.runner.run_task(bench.task())
+    assert ["small"] == [item.relative_path for item in result.outputs]
+    assert [
+        f"Skipping the output 'vast': it has {60 << 40} bytes, more than S3 can hold"
+    ] == warnings(bench)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_outputs_that_could_not_be_uploaded_are_kept_where_that_is_wanted(
+    bench: Bench, keep: bool
+) -> None:
+    bench.store.broken = "upload"
+    bench.mode.act = lambda: (bench.root / "output/x").touch()
+    with pytest.raises(PlatformFailure):
+        bench.build_runner(keep_outputs_on_failure=keep).run_task(bench.task())
+    assert keep == (bench.root / "output/x").exists()
+    place = f"What the command wrote is left in {bench.root}/output"
+    assert ([place] if keep else []) == warnings(bench)
+    assert not list((bench.root / "input").iterdir())
+
+
+def test_outputs_of_a_command_that_failed_are_not_kept(bench: Bench) -> None:
+    def act() -> Outcome:
+        (bench.root / "output/x").touch()
+        return Outcome(return_code=1)
+
+    bench.mode.act = act
+    bench.build_runner(keep_outputs_on_failure=True).run_task(bench.task())
+    assert not list((bench.root / "output").iterdir())
 
 
 def test_a_key_that_leads_out_of_the_input_is_refused(bench: Bench) -> None:

@@ -16,9 +16,9 @@ from shim.s3 import affinity
 from shim.s3.buffers import borrow_buffer
 from shim.s3.client import connect
 from shim.s3.crew import Crew
-from shim.s3.transfer import Download, Transfers, Upload
+from shim.s3.transfer import Transfers, Upload
 from tests.fakes.s3_double import Object, S3Double
-from tests.s3_clients import REGION, build_harness, running_double
+from tests.s3_clients import REGION, build_harness, download_to, running_double
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY
 
 SHOW = [sys.executable, "-c", "import os; print(*sorted(os.sched_getaffinity(0)))"]
@@ -84,9 +84,7 @@ def test_after_many_small_objects_the_caller_and_its_children_see_all_processors
         Upload(bucket="bucket", key=str(n), open=lambda: os.open(source, os.O_RDONLY))
         for n in range(40)
     )
-    transfers.download_all(
-        Download(bucket="bucket", key=str(n), path=tmp_path / str(n)) for n in range(40)
-    )
+    transfers.download_all(download_to(tmp_path / str(n), key=str(n)) for n in range(40))
     assert (before, before) == (here(), seen_by_child())
 
 
@@ -142,7 +140,7 @@ def test_a_credential_process_sees_all_processors(double: S3Double, tmp_path: Pa
     )
     double.buckets["bucket"]["key"] = Object(body=b"x")
     transfers = Transfers(store, concurrency=4, cancelled=lambda: False)
-    transfers.download_all([Download(bucket="bucket", key="key", path=tmp_path / "file")])
+    transfers.download_all([download_to(tmp_path / "file", key="key")])
     assert [("s3-transfer", before)] == seen
 
 

@@ -13,10 +13,10 @@ import pytest
 from shim.s3.client import connect
 from shim.s3.errors import Cancelled, IntegrityError, S3ClientError, ServiceError, TransportError
 from shim.s3.store import ObjectSummary
-from shim.s3.transfer import Download, Transfers, Upload
+from shim.s3.transfer import Transfers, Upload
 from tests.fakes.s3_double import Exchange, Object, S3Double, answer_with, drop, encode_crc32
 from tests.fakes.s3_double import refuse, truncate
-from tests.s3_clients import build_harness, running_double
+from tests.s3_clients import build_harness, download_to, running_double
 from tests.s3_servers import SECRET_KEY, S3Server
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def test_large_files_are_the_same_for_boto3(
     upload = Upload(bucket=bucket, key="large", open=lambda: os.open(source, os.O_RDONLY))
     transfers.upload_all([upload])
     assert source.read_bytes() == boto3.get_object(Bucket=bucket, Key="large")["Body"].read()
-    transfers.download_all([Download(bucket=bucket, key="large", path=copy)])
+    transfers.download_all([download_to(copy, key="large", bucket=bucket)])
     assert source.read_bytes() == copy.read_bytes()
     with client.open(bucket, "large") as stream:
         assert source.read_bytes() == stream.read()
@@ -125,7 +125,7 @@ def test_a_large_object_with_one_checksum_is_read_where_boto3_fails(
     body = os.urandom(1 << 20) * 30
     rclone.boto3().put_object(Bucket=bucket, Key="key", Body=body, ChecksumCRC32=encode_crc32(body))
     transfers = Transfers(client_of(rclone), concurrency=4, cancelled=lambda: False)
-    transfers.download_all([Download(bucket=bucket, key="key", path=tmp_path / "copy")])
+    transfers.download_all([download_to(tmp_path / "copy", key="key", bucket=bucket)])
     assert body == (tmp_path / "copy").read_bytes()
 
 

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
-from shim.s3.errors import EndpointUnresolved, S3ClientError, ServiceError, SettingInvalid
+from shim.s3.errors import (
+    Cancelled,
+    EndpointUnresolved,
+    S3ClientError,
+    ServiceError,
+    SettingInvalid,
+)
 from shim.s3.store import ObjectSummary
-from shim.s3.transfer import Download, Transfers, Upload
+from shim.s3.transfer import Transfers, Upload
+from tests.s3_clients import download_to
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "root")
+
+
+@contextmanager
+def open_directory(path: Path) -> Iterator[int]:
+    directory = os.open(path, os.O_PATH)
+    yield directory
+    os.close(directory)
 
 
 def connect_to(environ: dict[str, str]) -> Any:
@@ -73,7 +89,8 @@ def test_what_is_put_can_be_read_in_every_way(store: DirectoryStore, tmp_path: P
     assert (4, {"signature_hmac_sha256": "00"}) == (head.size, head.metadata)
     with store.open("bucket", "/a//b c") as stream:
         assert b"body" == stream.read()
-    store.download("bucket", "/a//b c", tmp_path / "copy")
+    with open_directory(tmp_path) as directory:
+        store.download("bucket", "/a//b c", directory, "copy")
     assert b"body" == (tmp_path / "copy").read_bytes()
 
 
@@ -94,8 +111,7 @@ def test_transfers_work_as_with_s3(store: DirectoryStore, tmp_path: Path) -> Non
         for n in range(3)
     )
     transfers.download_all(
-        Download(bucket="bucket", key=item.key, path=tmp_path / item.key[2:])
-        for item in store.list("bucket", "p/")
+        download_to(tmp_path / item.key[2:], key=item.key) for item in store.list("bucket", "p/")
     )
     assert {source.read_bytes()} == {(tmp_path / str(n)).read_bytes() for n in range(3)}
 
@@ -122,7 +138,7 @@ CALLS: dict[str, Callable[[DirectoryStore, str], object]] = {
     "get": lambda store, key: store.get("bucket", key, max_bytes=1),
     "head": lambda store, key: store.head("bucket", key),
     "open": lambda store, key: store.open("bucket", key),
-    "download": lambda store, key: store.download("bucket", key, Path("/dev/null")),
+    "download": lambda store, key: store.download("bucket", key, -1, "file"),
 }
 
 
@@ -165,8 +181,9 @@ def test_what_is_no_bucket_is_none(store: DirectoryStore, bucket: str) -> None:
 
 def test_a_failed_download_leaves_nothing(store: DirectoryStore, tmp_path: Path) -> None:
     store.put("bucket", "key", b"x")
-    with pytest.raises(S3ClientError, match="directory"):
-        store.download("bucket", "key", tmp_path / "root")
+    with open_directory(tmp_path) as directory:
+        with pytest.raises(S3ClientError, match="directory"):
+            store.download("bucket", "key", directory, "root")
     assert ["root"] == os.listdir(tmp_path)
 
 
@@ -181,3 +198,48 @@ def test_a_mapping_gives_each_bucket_its_directory(tmp_path: Path) -> None:
     assert {"in", "out"} == set(os.listdir(tmp_path))
     with pytest.raises(ServiceError, match="NoSuchBucket"):
         store.put("other", "key", b"")
+
+
+@pytest.fixture
+def vast(tmp_path: Path) -> Iterator[Path]:
+    """Yield a file of a tebibyte that holds nothing."""
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory) / "vast"
+        path.touch()
+        os.truncate(path, 1 << 40)
+        yield path
+
+
+def test_a_stop_ends_the_copy_of_a_vast_file(
+    store: DirectoryStore, vast: Path, tmp_path: Path
+) -> None:
+    """Nothing is left of it, in either direction."""
+    calls = iter(range(1000))
+    transfers = Transfers(store, concurrency=1, cancelled=lambda: next(calls) > 20)
+    upload = Upload(bucket="bucket", key="d/key", open=lambda: os.open(vast, os.O_RDONLY))
+    with pytest.raises(Cancelled):
+        transfers.upload_all([upload])
+    assert [] == os.listdir(tmp_path / "root/bucket/d")
+    store = DirectoryStore.from_buckets({"bucket": vast.parent})
+    calls = iter(range(1000))
+    transfers = Transfers(store, concurrency=1, cancelled=lambda: next(calls) > 20)
+    with pytest.raises(Cancelled):
+        transfers.download_all([download_to(tmp_path / "copy", key="vast")])
+    assert ["root"] == os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022])
+def test_downloads_are_for_everybody_and_objects_as_the_umask_says(
+    store: DirectoryStore, tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        store.put("bucket", "d/key", b"x")
+        with open_directory(tmp_path) as directory:
+            store.download("bucket", "d/key", directory, "copy")
+    finally:
+        os.umask(before)
+    modes = [
+        oct(p.stat().st_mode & 0o777) for p in (tmp_path / "copy", tmp_path / "root/bucket/d/key")
+    ]
+    assert [oct(0o644), oct(0o666 & ~umask)] == modes

@@ -24,7 +24,7 @@ from shim.s3.errors import (
 from shim.s3.operations import Pace
 from shim.s3.retries import Kind
 from shim.s3.sigv4 import Credentials
-from shim.s3.transfer import Download, Transfers
+from shim.s3.transfer import Transfers
 from tests.fakes.s3_double import (
     Exchange,
     Fault,
@@ -35,7 +35,7 @@ from tests.fakes.s3_double import (
     truncate,
     work,
 )
-from tests.s3_clients import OneIdentity, build_harness, running_double
+from tests.s3_clients import OneIdentity, build_harness, download_to, running_double
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY
 from tests.support import free_port
 
@@ -241,9 +241,7 @@ def test_threads_that_learn_a_region_together_all_go_on(tmp_path: Path) -> None:
 
         double.faults = [redirect_together] * 4
         transfers = Transfers(harness.client, concurrency=4, cancelled=lambda: False)
-        transfers.download_all(
-            Download(bucket="bucket", key=str(n), path=tmp_path / str(n)) for n in range(20)
-        )
+        transfers.download_all(download_to(tmp_path / str(n), key=str(n)) for n in range(20))
         assert 20 == len(list(tmp_path.iterdir()))
         assert 4 + 20 == len(double.seen)
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
@@ -44,7 +45,7 @@ from tests.fakes.s3_double import (
     truncate,
     work,
 )
-from tests.s3_clients import Harness, build_harness, running_double
+from tests.s3_clients import Harness, build_harness, download_to, running_double
 from tests.support import limit_rate, poll
 
 PART = 100_000
@@ -456,6 +457,40 @@ def test_a_failed_download_leaves_nothing_and_touches_nothing(
     assert (b"before", ["file"]) == (path.read_bytes(), os.listdir(tmp_path))
 
 
+@pytest.mark.parametrize("size", [10, 30 * PART], ids=["small", "in parts"])
+def test_a_download_can_be_read_by_everybody_whatever_the_umask(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int
+) -> None:
+    store(double, size)
+    umask = os.umask(0o077)
+    try:
+        harness.download(tmp_path / "file")
+    finally:
+        os.umask(umask)
+    assert oct(0o644) == oct((tmp_path / "file").stat().st_mode & 0o7777)
+
+
+def test_a_download_stays_in_the_directory_that_was_opened(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    """Whatever takes the directory's name meanwhile, also a link to somewhere else."""
+    body = store(double, 30 * PART)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+
+    def exchange(exchange: Exchange) -> None:
+        (tmp_path / "d").rename(tmp_path / "moved")
+        (tmp_path / "d").symlink_to("elsewhere")
+        exchange.answer()
+
+    double.faults = [exchange]
+    directory = os.open(tmp_path / "d", os.O_PATH)
+    harness.client.download("bucket", "key", directory, "file")
+    os.close(directory)
+    assert body == (tmp_path / "moved/file").read_bytes()
+    assert [] == os.listdir(tmp_path / "elsewhere")
+
+
 def test_a_missing_directory_is_an_error_of_the_file_system(
     double: S3Double, harness: Harness, tmp_path: Path
 ) -> None:
@@ -733,7 +768,7 @@ def test_more_than_s3_can_hold_is_refused() -> None:
 def downloads(double: S3Double, directory: Path, number: int) -> Iterator[Download]:
     for n in range(number):
         store(double, 10, key=str(n))
-        yield Download(bucket="bucket", key=str(n), path=directory / str(n))
+        yield download_to(directory / str(n), key=str(n))
 
 
 def transfers(harness: Harness, **options: object) -> Transfers:
@@ -747,7 +782,7 @@ def test_no_more_requests_are_under_way_than_allowed(
     threads = threading.active_count()
     for n in range(3):
         store(double, 30 * PART, key=f"large{n}")
-    large = [Download(bucket="bucket", key=f"large{n}", path=tmp_path / f"l{n}") for n in range(3)]
+    large = [download_to(tmp_path / f"l{n}", key=f"large{n}") for n in range(3)]
     small = list(downloads(double, tmp_path, 50))
     transfers(harness).download_all([*small, *large])
     assert 53 == len(os.listdir(tmp_path))
@@ -799,7 +834,7 @@ def test_the_first_error_stops_an_endless_list(
     def endless() -> Iterator[Download]:
         yield from downloads(double, tmp_path, 10)
         while True:
-            yield Download(bucket="bucket", key="missing", path=tmp_path / "missing")
+            yield download_to(tmp_path / "missing", key="missing")
 
     with pytest.raises(ServiceError, match="NoSuchKey"):
         transfers(harness).download_all(endless())
@@ -820,6 +855,17 @@ def test_an_error_of_the_list_itself_is_raised(
 def test_nothing_to_do_is_done(harness: Harness) -> None:
     transfers(harness).download_all([])
     transfers(harness).upload_all([])
+
+
+def test_a_stop_ends_the_upload_of_a_vast_file(double: S3Double, harness: Harness) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory, "vast")
+        path.touch()
+        os.truncate(path, 1 << 40)
+        harness.cancelled = lambda: "UploadPart" in double.operations()
+        with pytest.raises(Cancelled):
+            harness.upload(path)
+    assert ({}, {}) == (double.buckets["bucket"], double.uploads)
 
 
 def test_a_stop_ends_what_is_under_way(double: S3Double, harness: Harness, tmp_path: Path) -> None:

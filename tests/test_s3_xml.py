@@ -83,3 +83,22 @@ def test_the_list_of_parts_reads_back() -> None:
         [part.find(n) for n in ("PartNumber", "ETag", "ChecksumCRC32")] for part in root.children
     ]
     assert [["1", '"a&b<c"', "AAAA=="], ["2", '"d"', ""]] == parts
+
+
+NOT_XML = [*map(chr, set(range(32)) - {9, 10, 13}), "\ufffe", "\uffff"]
+
+
+@pytest.mark.parametrize("write", ["{0}", "&#{1};", "&#x{1:x};", "&#x{1:X};", "&#x00{1:x};"])
+@pytest.mark.parametrize("character", NOT_XML, ids=ascii)
+def test_a_key_that_xml_cannot_hold_spoils_no_answer(character: str, write: str) -> None:
+    text = write.format(character, ord(character))
+    root = parse(f"<R><Key>a{text}b</Key><UploadId>id</UploadId></R>".encode())
+    assert ("a?b", "id") == (root.find("Key"), root.find("UploadId"))
+
+
+@pytest.mark.parametrize(
+    "text", ["&#9;", "&#xA;", "&#xd;", "&#32;", "&#x20;", "&#xfffd;", "&#65533;"]
+)
+def test_characters_that_xml_can_hold_are_left(text: str) -> None:
+    expected = chr(int(text[3:-1], 16) if text[2] == "x" else int(text[2:-1]))
+    assert f"a{expected}b" == parse(f"<R><Key>a{text}b</Key></R>".encode()).find("Key")

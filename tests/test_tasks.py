@@ -207,7 +207,8 @@ def test_no_input_lies_inside_the_file_of_another(
         return
     (message,) = messages(task)
     assert message.startswith(
-        f"[0].inputs[{refused[0]}].relative_path: The path is, or lies inside, the file of another"
+        f"[0].inputs[{refused[0]}].relative_path: The path is, or lies inside, the file of "
+        f"inputs[{1 - refused[0]}], s3://bucket/"
     )
 
 

@@ -22,7 +22,12 @@ import pytest
 
 from shim.errors import UserSafeError
 from shim.users import User
-from shim.workspace import Workspace, clean_directory, ensure_writable_directories
+from shim.workspace import (
+    Workspace,
+    clean_directory,
+    ensure_writable_directories,
+    open_directory,
+)
 from tests.support import UNPRIVILEGED_UID, needs_root
 
 RESET_MESSAGE = "The containers input and output directories could not be reset"
@@ -35,9 +40,13 @@ AUTHOR = User(
 class RecordingLog:
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.author_lines: list[str] = []
 
-    def warning(self, message: str) -> None:
+    def warning(self, message: str, *, internal: bool = True, task: str | None = None) -> None:
         self.lines.append(message)
+        if not internal:
+            assert task in ("pk", "one")
+            self.author_lines.append(message)
 
     error = warning
 
@@ -62,6 +71,17 @@ def build(root: Path, log: RecordingLog, *, linked: bool = True) -> Workspace:
         linked_input_parent=root / "opt" / "data" if linked else None,
         log=log,
     )
+
+
+def make_input(workspace: Workspace, directory: str, name: str) -> None:
+    with opened(workspace.open_input(directory)) as there:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT, dir_fd=there))
+
+
+@contextmanager
+def opened(descriptor: int) -> Iterator[int]:
+    yield descriptor
+    os.close(descriptor)
 
 
 def mode(path: Path) -> str:
@@ -156,7 +176,7 @@ def test_next_reset_removes_the_directory_of_the_task_before(
     tmp_path: Path, workspace: Workspace
 ) -> None:
     workspace.reset("one")
-    workspace.input_file("d/a").write_text("patient")
+    make_input(workspace, "d", "a")
     assert workspace.clean() is True
     assert names(tmp_path / "opt" / "data" / "one-input") == []
 
@@ -173,7 +193,9 @@ def test_output_that_is_no_directory_is_refused_and_not_followed(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "kept").write_text("")
+    workspace.reset("pk")
     output = tmp_path / "output"
+    output.rmdir()
     if kind == "file":
         output.write_text("")
     elif kind == "fifo":
@@ -334,7 +356,7 @@ workspace = build(root, log)
 for pk in ("one", "two"):
     workspace.reset(pk)
     assert (os.listdir(root / "input"), os.listdir(root / "output")) == ([], [])
-    workspace.input_file("d/a").write_text("x")
+    make_input(workspace, "d", "a")
     print(sorted(str(p.relative_to(root)) for p in (root / "input").rglob("*")), end="")
     assert workspace.clean() is True
 print(os.path.islink(root / "input"), log)
@@ -444,36 +466,39 @@ def test_clean_directory_tolerates_what_is_missing_or_a_link(
     assert len(log.lines) == 1
 
 
-@pytest.mark.parametrize("path", ["a", "d/e/a", "./d//a", "caf\u00e9/new\nline"])
-def test_input_file_has_its_parents(tmp_path: Path, workspace: Workspace, path: str) -> None:
+@pytest.mark.parametrize("path", ["", "d/e", "./d//e", "caf\u00e9/new\nline"])
+def test_directories_of_inputs_are_made_readable_whatever_the_umask(
+    tmp_path: Path, workspace: Workspace, path: str
+) -> None:
     workspace.reset("pk")
     umask = os.umask(0o077)
     try:
-        file = workspace.input_file(path)
+        make_input(workspace, path, "a")
     finally:
         os.umask(umask)
-    file.write_text("x")
 
-    assert (tmp_path / "input" / path).read_text() == "x"
-    assert mode(file.parent) == "0o755"
+    directory = tmp_path / "input" / path
+    assert names(directory) == ["a"]
+    assert mode(directory.resolve()) == mode(directory.resolve().parent) == "0o755"
 
 
-@pytest.mark.parametrize("path", ["", ".", "/", "/etc/x", "..", "../x", "d/../../x", "a\0b"])
-def test_input_file_outside_is_refused(tmp_path: Path, workspace: Workspace, path: str) -> None:
+@pytest.mark.parametrize("path", ["/", "/etc/x", "..", "../x", "d/../../x", "a\0b"])
+def test_inputs_outside_are_refused(tmp_path: Path, workspace: Workspace, path: str) -> None:
     workspace.reset("pk")
 
     with pytest.raises(UserSafeError):
-        workspace.input_file(path)
+        workspace.open_input(path)
     assert names(tmp_path / "input") == []
 
 
-def test_input_file_goes_through_no_link(tmp_path: Path, workspace: Workspace) -> None:
+def test_inputs_go_through_no_link(tmp_path: Path, workspace: Workspace) -> None:
     workspace.reset("pk")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "input" / "d").symlink_to(tmp_path / "elsewhere")
 
-    with pytest.raises(OSError):
-        workspace.input_file("d/e/a")
+    for path in ("d", "d/e"):
+        with pytest.raises(OSError):
+            workspace.open_input(path)
     assert names(tmp_path / "elsewhere") == []
 
 
@@ -501,7 +526,7 @@ def test_walk_finds_every_regular_file(output: Path, workspace: Workspace) -> No
         ".d/.e/f": "",
         "sp ace/caf\u00e9": "b",
         "new\nline": "c",
-        "sub/.sagemaker_shim/x": "d",
+        "sub/.sagemaker_shim.x/y": "d",
         "w" * 200 + "/" + "w" * 200: "e",
     }
     for path, content in contents.items():
@@ -517,8 +542,11 @@ def test_walk_leaves_out_what_must_not_be_opened(
     monkeypatch.chdir(output)
     fill(output)
     (output / "closed").chmod(0o700)
-    (output / ".sagemaker_shim").mkdir()
-    (output / ".sagemaker_shim" / "inference_result.json").write_text("forged")
+    for path in (".sagemaker_shim", "d/.sagemaker_shim"):
+        (output / path).mkdir()
+        (output / path / "inference_result.json").write_text("forged")
+    (output / "d" / "e" / ".sagemaker_shim").write_text("in the way")
+    (output / "closed" / ".sagemaker_shim").symlink_to("f")
 
     assert sorted(read_outputs(workspace)) == [
         ".hidden/.f",
@@ -528,7 +556,9 @@ def test_walk_leaves_out_what_must_not_be_opened(
         "n" * 255,
     ]
     skipped = ["'caf\\udce9'", "'link'", "'loop'", "'fifo'", "'socket'", "'.sagemaker_shim'"]
+    skipped += [f"'{path}/.sagemaker_shim'" for path in ("d", "d/e", "closed")]
     skipped += ["'null'"] if os.geteuid() == 0 else []
+    assert log.author_lines == log.lines
     assert sorted(line.split(": ")[0] for line in log.lines) == sorted(
         f"Skipping the output {name}" for name in skipped
     )
@@ -680,8 +710,10 @@ def test_output_that_changes_just_when_it_is_opened_is_not_found(
 def test_walk_of_a_missing_output_directory_finds_nothing(
     tmp_path: Path, workspace: Workspace, log: RecordingLog
 ) -> None:
+    workspace.reset("pk")
+    (tmp_path / "output").rmdir()
     assert list(workspace.walk_outputs(ROOT)) == []
-    assert len(log.lines) == 1
+    assert len(log.author_lines) == 1
 
 
 def test_walk_without_descriptors_fails_and_loses_no_output(
@@ -712,6 +744,65 @@ def test_walk_of_a_very_deep_tree_ends_where_keys_end(in_memory: Path, log: Reco
     assert len(log.lines) == 1
     assert "longer than 1024 bytes" in log.lines[0]
     assert workspace.clean() is True
+
+
+def test_a_key_that_is_too_long_only_with_its_prefix_is_skipped(
+    output: Path, workspace: Workspace, log: RecordingLog
+) -> None:
+    long = "/".join(["n" * 200] * 5) + "/" + "m" * 12  # 1,017 bytes
+    for path in (long, long[:-1], "\u00e9"):
+        (output / path).parent.mkdir(parents=True, exist_ok=True)
+        (output / path).write_text("x")
+
+    files = workspace.walk_outputs(ROOT, prefix="pre/fix/")
+    assert sorted(file.relative_path for file in files) == [long[:-1], "\u00e9"]
+    assert log.author_lines == [
+        f"Skipping the output {long!r}: its key would be longer than 1024 bytes"
+    ]
+
+
+def test_few_of_very_many_skipped_outputs_are_named(
+    output: Path, workspace: Workspace, log: RecordingLog
+) -> None:
+    for number in range(200):
+        os.mkfifo(output / f"{number}")
+
+    assert list(workspace.walk_outputs(ROOT)) == []
+    assert len(log.author_lines) == 101
+    assert log.author_lines[-1] == "Skipping more outputs, which are not named any more"
+
+
+LEASE = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+file = os.open(sys.argv[1], os.O_RDWR)
+fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lease_on_an_output_is_its_holders_doing(output: Path, workspace: Workspace) -> None:
+    (output / "leased").write_text("x")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", LEASE, output / "leased"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdin and holder.stdout
+    assert holder.stdout.readline() == b"ready\n"
+    try:
+        [file] = workspace.walk_outputs(ROOT)
+        with pytest.raises(UserSafeError, match="'leased' is locked by a lease"):
+            file.open()
+        (output / "link").symlink_to("leased")
+        with pytest.raises(UserSafeError, match="'leased' is locked by a lease"):
+            list(workspace.walk_outputs(ROOT))
+    finally:
+        holder.stdin.close()
+        holder.stdout.close()
+        holder.kill()
+        holder.wait()
 
 
 def test_open_files_of_a_walk_do_not_grow(output: Path, workspace: Workspace) -> None:
@@ -827,3 +918,162 @@ def test_writable_directory_is_not_reached_through_the_link_of_a_user(
 
     assert mode(tmp_path / "private") == "0o700"
     assert len(log.lines) == 1
+
+
+def owned_link(path: Path, target: Path, uid: int = 0) -> None:
+    path.symlink_to(target)
+    os.chown(path, uid, uid, follow_symlinks=False)
+
+
+@pytest.mark.parametrize("target", ["directory", "missing"])
+def test_a_link_of_roots_that_the_image_has_for_the_output_is_followed(
+    tmp_path: Path, workspace: Workspace, target: str
+) -> None:
+    out = tmp_path / "data" / "out"
+    if target == "directory":
+        out.mkdir(parents=True)
+        (out / "old").write_text("")
+    (tmp_path / "link").symlink_to("data")
+    (tmp_path / "output").symlink_to(tmp_path / "link" / "out")
+
+    for pk in ("one", "pk"):
+        workspace.reset(pk)
+        assert names(out) == []
+        (out / "f").write_text("x")
+        (out / "absolute").symlink_to(tmp_path / "output" / "f")
+        assert read_outputs(workspace) == {"f": "x", "absolute": "x"}
+        assert workspace.clean() is True
+    assert (tmp_path / "output").is_symlink()
+
+
+@needs_root
+@pytest.mark.parametrize("where", ["output", "parent", "target"])
+def test_a_link_of_the_users_that_was_left_for_the_output_is_refused(
+    tmp_path: Path, log: RecordingLog, where: str
+) -> None:
+    """In a container that is started again, what the user made is there from the beginning."""
+    kept = tmp_path / "elsewhere" / "output" / "kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+    (root := tmp_path / "root").mkdir()
+    if where == "output":
+        owned_link(root / "output", kept.parent, UNPRIVILEGED_UID)
+    if where == "target":
+        (root / "output").symlink_to(root / "theirs")
+        owned_link(root / "theirs", kept.parent, UNPRIVILEGED_UID)
+    if where == "parent":
+        root.rmdir()
+        owned_link(root, tmp_path / "elsewhere", UNPRIVILEGED_UID)
+
+    with pytest.raises(UserSafeError, match=f"^{RESET_MESSAGE}$"):
+        build(root, log).reset("pk")
+    assert kept.exists()
+
+
+def test_output_that_became_a_link_is_named_so(
+    tmp_path: Path, output: Path, workspace: Workspace, log: RecordingLog
+) -> None:
+    output.rename(tmp_path / "moved")
+    output.symlink_to("moved")
+
+    with pytest.raises(UserSafeError, match="^The containers output directory is not a directory$"):
+        list(workspace.walk_outputs(ROOT))
+    with pytest.raises(UserSafeError, match=f"^{RESET_MESSAGE}$"):
+        workspace.reset("pk")
+    assert log.author_lines == [f"{output} is a link, in place of a directory"] * 2
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_that_the_image_has_for_an_unlinked_input_is_replaced(
+    tmp_path: Path, log: RecordingLog, target: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("")
+    (tmp_path / "input").symlink_to(target)
+    workspace = build(tmp_path, log, linked=False)
+
+    workspace.reset("pk")
+
+    assert (mode(tmp_path / "input"), names(tmp_path / "input")) == ("0o755", [])
+    assert names(tmp_path / "elsewhere") == ["kept"]
+    (tmp_path / "input").rmdir()
+    (tmp_path / "input").symlink_to(target)
+    with pytest.raises(UserSafeError, match=f"^{RESET_MESSAGE}$"):
+        workspace.reset("pk")
+
+
+@needs_root
+@pytest.mark.parametrize("place", ["opt", "opt/data", "opt/data/pk-input"])
+def test_the_linked_input_is_not_made_behind_a_link_of_the_users(
+    tmp_path: Path, log: RecordingLog, place: str
+) -> None:
+    (outside := tmp_path / "outside").mkdir()
+    (tmp_path / "root" / place).parent.mkdir(parents=True)
+    owned_link(tmp_path / "root" / place, outside, UNPRIVILEGED_UID)
+
+    workspace = build(tmp_path / "root", log)
+    if place.endswith("input"):  # a name of our own is taken back
+        workspace.reset("pk")
+        make_input(workspace, "", "f")
+        assert names(tmp_path / "root" / place) == ["f"]
+    else:
+        with pytest.raises(UserSafeError, match=f"^{RESET_MESSAGE}$"):
+            workspace.reset("pk")
+    assert names(outside) == []
+
+
+def test_clean_directory_goes_through_links_of_roots_above_it(
+    tmp_path: Path, log: RecordingLog
+) -> None:
+    (tmp_path / "real" / "d").mkdir(parents=True)
+    (tmp_path / "real" / "d" / "f").write_text("")
+    (tmp_path / "link").symlink_to("real/../real")
+
+    assert clean_directory(tmp_path / "link" / "d", log) is True
+    assert names(tmp_path / "real" / "d") == []
+
+
+@needs_root
+def test_clean_directory_empties_nothing_behind_a_link_of_the_users(
+    tmp_path: Path, log: RecordingLog
+) -> None:
+    (tmp_path / "real" / "d").mkdir(parents=True)
+    (tmp_path / "real" / "d" / "f").write_text("")
+    owned_link(tmp_path / "link", tmp_path / "real", UNPRIVILEGED_UID)
+
+    assert clean_directory(tmp_path / "link" / "d", log) is False
+    assert names(tmp_path / "real" / "d") == ["f"]
+    assert len(log.lines) == 1
+
+
+def test_links_in_a_loop_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    before = len(os.listdir("/proc/self/fd"))
+
+    with pytest.raises(OSError, match=str(tmp_path / "a/x")):
+        open_directory(tmp_path / "a" / "x", mode=0o755)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_directories_on_the_way_are_for_everybody_whatever_the_umask(tmp_path: Path) -> None:
+    umask = os.umask(0o077)
+    try:
+        os.close(open_directory(tmp_path / "a" / "b" / "c", mode=0o777))
+    finally:
+        os.umask(umask)
+
+    assert [mode(tmp_path / path) for path in ("a", "a/b", "a/b/c")] == ["0o755"] * 2 + ["0o777"]
+
+
+def test_shared_temporary_directories_get_the_sticky_bit(tmp_path: Path) -> None:
+    """Also where an image forgot it, and where there is none yet."""
+    script = """
+mount("-t", "tmpfs", "-o", "mode=0777", "none", "/tmp")
+mount("-t", "tmpfs", "-o", "mode=0755", "none", "/var")
+mount("-t", "tmpfs", "-o", "mode=0700", "none", "/dev/shm")
+paths = ["/tmp", "/var/tmp", "/dev/shm", "/var/other", "/var/none/../tmp/"]
+ensure_writable_directories([Path(path) for path in paths], log)
+print([mode(Path(path)) for path in paths[:4]], log.lines)
+"""
+    assert in_mount_namespace(script, tmp_path) == ("['0o1777', '0o1777', '0o1777', '0o777'] []")

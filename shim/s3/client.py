@@ -147,9 +147,11 @@ class S3Client:
         """Open an object for reading in order; it is verified as its last byte is read."""
         return io.BufferedReader(ObjectReader(self._service, bucket, key), 1 << 18)
 
-    def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
-        """Make path hold the object's bytes; on failure path is as it was."""
-        download(self._service, bucket, key, str(path), crew or self._alone())
+    def download(
+        self, bucket: str, key: str, directory: int, name: str, *, crew: Crew | None = None
+    ) -> None:
+        """Make the name in an open directory hold the object's bytes, or leave it as it was."""
+        download(self._service, bucket, key, directory, name, crew or self._alone())
 
     def upload(
         self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None

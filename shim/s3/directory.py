@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shim.s3.buffers import borrow_buffer
-from shim.s3.errors import S3ClientError, ServiceError
+from shim.s3.errors import Cancelled, FileChanged, S3ClientError, ServiceError
 from shim.s3.store import ObjectHead, ObjectSummary
 
 TYPE_CHECKING = False
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shim.s3.crew import Crew
 
 METADATA = ".metadata"
+FILE_MODE = 0o644  # of downloads, whatever the umask
 
 
 class DirectoryStore:
@@ -55,7 +56,7 @@ class DirectoryStore:
         persistent: bool = False,
     ) -> None:
         """Store a small object."""
-        _replace(self._path(bucket, key, "PutObject"), [body])
+        _write(self._path(bucket, key, "PutObject"), [body])
         self._describe(bucket, key, metadata)
 
     def head(self, bucket: str, key: str) -> ObjectHead:
@@ -95,17 +96,21 @@ class DirectoryStore:
             message = "The specified key does not exist."
             raise _error("GetObject", bucket, key, 404, "NoSuchKey", message) from error
 
-    def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
-        """Make path hold the object's bytes; on failure path is as it was."""
+    def download(
+        self, bucket: str, key: str, directory: int, name: str, *, crew: Crew | None = None
+    ) -> None:
+        """Make the name in an open directory hold the object's bytes, or leave it as it was."""
         with self.open(bucket, key) as source, borrow_buffer() as buffer:
-            _replace(path, _blocks(source.fileno(), os.fstat(source.fileno()).st_size, buffer))
+            size = os.fstat(source.fileno()).st_size
+            blocks = _blocks(source.fileno(), size, buffer, crew)
+            _replace(directory, name, blocks, mode=FILE_MODE)
 
     def upload(
         self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
     ) -> None:
-        """Store the first size bytes of a file."""
+        """Store a file, whose size must not change; its position is neither used nor moved."""
         with borrow_buffer() as buffer:
-            _replace(self._path(bucket, key, "PutObject"), _blocks(fd, size, buffer))
+            _write(self._path(bucket, key, "PutObject"), _unchanged(fd, size, buffer, crew, key))
         self._describe(bucket, key, {})
 
     def close(self) -> None:
@@ -129,7 +134,7 @@ class DirectoryStore:
     def _describe(self, bucket: str, key: str, metadata: Mapping[str, str]) -> None:
         described = self._metadata_path(bucket, key)
         if described and metadata:
-            _replace(described, [json.dumps(dict(metadata)).encode()])
+            _write(described, [json.dumps(dict(metadata)).encode()])
         elif described:
             described.unlink(missing_ok=True)
 
@@ -158,26 +163,56 @@ def _refuse(error: OSError) -> None:
         raise S3ClientError(f"The directory cannot be listed: {error}") from error
 
 
-def _blocks(fd: int, size: int, buffer: memoryview) -> Iterator[memoryview]:
-    """Yield the first size bytes of a file, or what there is of them."""
+def _blocks(fd: int, size: int, buffer: memoryview, crew: Crew | None) -> Iterator[memoryview]:
+    """Yield the first size bytes of a file, or what there is of them, until a stop."""
     position = 0
     while read := os.preadv(fd, [buffer[: size - position]], position):
+        if crew and crew.cancelled():
+            raise Cancelled("The transfer was stopped")
         position += read
         yield buffer[:read]
 
 
-def _replace(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """Write a file under another name, then give it its own."""
-    temporary = path.with_name(f".{os.urandom(12).hex()}.part")
+def _unchanged(
+    fd: int, size: int, buffer: memoryview, crew: Crew | None, key: str
+) -> Iterator[memoryview]:
+    """Yield the bytes of a file that must not change meanwhile."""
+    modified = os.fstat(fd).st_mtime_ns
+    yield from _blocks(fd, size, buffer, crew)
+    status = os.fstat(fd)
+    if (status.st_size, status.st_mtime_ns) != (size, modified):
+        raise FileChanged(key)
+
+
+def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """Write a file of the store, whose directories are made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise S3ClientError(f"The file cannot be written: {error}") from error
+    try:
+        _replace(directory, path.name, blocks)
+    finally:
+        os.close(directory)
+
+
+def _replace(
+    directory: int, name: str, blocks: Iterable[bytes | memoryview], *, mode: int | None = None
+) -> None:
+    """Write a file under another name, then give it its own; without a mode, that of the umask."""
+    temporary = f".{os.urandom(12).hex()}.part"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with open(os.open(temporary, flags, mode or 0o666, dir_fd=directory), "wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             for block in blocks:
                 file.write(block)
-        temporary.replace(path)
+        os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            os.unlink(temporary, dir_fd=directory)
         if isinstance(error, OSError):
             raise S3ClientError(f"The file cannot be written: {error}") from error
         raise

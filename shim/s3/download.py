@@ -19,6 +19,7 @@ import os
 import re
 import threading
 import zlib
+from contextlib import suppress
 
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import Checksum, combine_crc32, encode_crc32
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 SMALLEST_PART_BYTES = 8 << 20
 LARGEST_PART_BYTES = 64 << 20
 MOST_PARTS = 32  # that what is left would be divided into: a request each, and a short end
+FILE_MODE = 0o644
 FIRST_HELPERS = max(1, min(7, len(os.sched_getaffinity(0)) - 1))
 UNKNOWN_BYTES = 1 << 62  # the size of an object whose end only its body tells
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -283,25 +285,30 @@ class _Whole(_Range):
             checksum.verify(self.version.uri)
 
 
-def download(service: Service, bucket: str, key: str, path: str, crew: Crew) -> None:
-    """Make path hold the object; on failure path is as it was."""
+def download(
+    service: Service, bucket: str, key: str, directory: int, name: str, crew: Crew
+) -> None:
+    """Make the name in an open directory hold the object; on failure it is as it was."""
     try:
-        _download_once(service, bucket, key, path, crew)
+        _download_once(service, bucket, key, directory, name, crew)
     except (ObjectChanged, IntegrityError):
-        _download_once(service, bucket, key, path, crew)
+        _download_once(service, bucket, key, directory, name, crew)
 
 
-def _download_once(service: Service, bucket: str, key: str, path: str, crew: Crew) -> None:
-    directory = os.path.dirname(path)
-    temporary = os.path.join(directory, f".{os.urandom(12).hex()}.part")
+def _download_once(
+    service: Service, bucket: str, key: str, directory: int, name: str, crew: Crew
+) -> None:
+    temporary = f".{os.urandom(12).hex()}.part"
     version = _Version(bucket, key)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(temporary, flags, 0o666)
+    fd = os.open(temporary, flags, FILE_MODE, dir_fd=directory)
     try:
+        os.fchmod(fd, FILE_MODE)  # whatever the umask
         _Whole(service, version, fd, crew).fetch()
-        os.replace(temporary, path)
+        os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException as error:
-        os.unlink(temporary)
+        with suppress(OSError):  # somebody else may write into the directory too
+            os.unlink(temporary, dir_fd=directory)
         if isinstance(error, ServiceError) and version.size is not None:
             if error.status in (412, 416):
                 raise version.changed() from error

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
     from typing import Any, BinaryIO, Protocol
 
     from shim.s3.crew import Crew
@@ -42,8 +41,13 @@ if TYPE_CHECKING:
         def open(self, bucket: str, key: str) -> BinaryIO:
             """Open an object for reading in order."""
 
-        def download(self, bucket: str, key: str, path: Path, *, crew: Crew | None = None) -> None:
-            """Make path hold the object's bytes; on failure path is as it was."""
+        def download(
+            self, bucket: str, key: str, directory: int, name: str, *, crew: Crew | None = None
+        ) -> None:
+            """Make the name in an open directory hold the object's bytes, or leave it as it was.
+
+            The file has mode 0644 whatever the umask.
+            """
 
         def upload(
             self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None

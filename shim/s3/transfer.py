@@ -11,10 +11,9 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from shim.s3.crew import Crew
-from shim.s3.errors import Cancelled
+from shim.s3.errors import Cancelled, ServiceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,14 +23,21 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+# Of S3, Ceph and MinIO: nothing is wrong but the key.
+KEY_REFUSED = ("InvalidObjectName", "InvalidURI", "KeyTooLongError", "XMinioInvalidObjectName")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Download:
-    """An object, and the file that it becomes; the file's directory exists."""
+    """An object, what opens the directory of the file that it becomes, and the file's name there.
+
+    The directory is opened when the transfer begins, and its descriptor closed when it ends.
+    """
 
     bucket: str
     key: str
-    path: Path
+    open: Callable[[], int]
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +47,7 @@ class Upload:
     bucket: str
     key: str
     open: Callable[[], int]
+    refuse: Callable[[ServiceError], None] | None = None  # takes the answer that bars the key
 
 
 class Transfers:
@@ -54,7 +61,11 @@ class Transfers:
         """Download every object; raise the first error."""
 
         def download(item: Download, crew: Crew) -> None:
-            self._store.download(item.bucket, item.key, item.path, crew=crew)
+            directory = item.open()
+            try:
+                self._store.download(item.bucket, item.key, directory, item.name, crew=crew)
+            finally:
+                os.close(directory)
 
         self._for_each(downloads, download)
 
@@ -66,6 +77,10 @@ class Transfers:
             try:
                 size = os.fstat(fd).st_size
                 self._store.upload(item.bucket, item.key, fd, size=size, crew=crew)
+            except ServiceError as error:
+                if error.code not in KEY_REFUSED or item.refuse is None:
+                    raise
+                item.refuse(error)
             finally:
                 os.close(fd)
 

@@ -113,7 +113,10 @@ def ours(case: str, names: list[str], work: str, environ: dict[str, str]) -> Mea
     with measured() as result:
         if case.endswith("down"):
             transfers.download_all(
-                Download(bucket=BUCKET, key=name, path=down / name) for name in names
+                Download(
+                    bucket=BUCKET, key=name, open=lambda: os.open(down, os.O_PATH), name=name
+                )
+                for name in names
             )
         else:
             transfers.upload_all(

@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[2]
 # What is tested: `python -m shim` from the checkout, or any other command that this variable names.
 COMMAND = shlex.split(os.environ.get("SHIM_COMMAND", "")) or [sys.executable, "-m", "shim"]
 IS_PYTHON = len(COMMAND) > 1  # and no binary, which has a launcher of its own
+NO_INPUTS = "The task has no inputs"
+NO_OUTPUT = "The command succeeded and wrote no output"
+REMARKS = (NO_INPUTS, NO_OUTPUT)
 SIGNING_KEY = bytes(range(32))
 
 
@@ -51,10 +54,21 @@ class Finished:
         return [line for line in self.lines if not line["internal"]]
 
     def texts(self, **wanted: object) -> list[str]:
+        """Return the texts of lines, but for the remarks that most of these tasks ask for."""
         return [
             line["log"]
             for line in self.lines
             if all(line[name] == value for name, value in wanted.items())
+            and line["log"] not in REMARKS
+        ]
+
+    @property
+    def remarks(self) -> list[tuple[str, str]]:
+        """Return the remarks in order, each with its task."""
+        return [
+            (line["log"], line["task"])
+            for line in self.user_lines
+            if line["log"] in REMARKS and line["level"] == "WARNING"
         ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import tarfile
 import zipfile
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.platform import P, Platform, b64j, finish
+from tests.e2e.platform import NO_INPUTS, NO_OUTPUT, P, Platform, b64j, finish
 from tests.support import UNPRIVILEGED_UID, needs_root, poll
 
 GENERAL = "An unexpected error occurred"
@@ -218,8 +219,106 @@ def test_hidden_and_odd_outputs_are_uploaded_and_nothing_else(platform: Platform
     assert [".sagemaker_shim/inference_result.json"] == [
         key.removeprefix("out/t/") for key in platform.keys("out/t/.sagemaker_shim/")
     ]
-    warnings = "\n".join(job.texts(level="WARNING", internal=True))
+    warnings = "\n".join(job.texts(level="WARNING", internal=False, task="t"))
     assert all(name in warnings for name in ("pipe", "leak", ".sagemaker_shim"))
+
+
+def test_a_task_without_inputs_and_outputs_is_told_so_once_each(platform: Platform) -> None:
+    platform.put("in/a")
+    platform.script("test -e $I/a && touch $O/x; true")
+    job = platform.invoke(platform.task("1"), platform.task("2", inputs=[("a", "in/a")]))
+    assert [(NO_INPUTS, "1"), (NO_OUTPUT, "1")] == job.remarks
+
+
+def test_two_objects_for_one_file_are_the_authors_failure(platform: Platform) -> None:
+    """The keys differ, the file is one; rclone stores objects as files, and would make them one."""
+    platform.put("p/d/x")
+    platform.put("in/z.zip", make_zip(x="from the zip"))
+    platform.script("echo never")
+    task = platform.task(inputs=[("d/z", "in/z.zip"), (".", "p/")])
+    task["inputs"][0]["decompress"] = True
+    job = platform.invoke(task)
+    message = (
+        f"Two inputs need one place, 'd/x': s3://{platform.bucket}/p/d/x and "
+        f"s3://{platform.bucket}/in/z.zip"
+    )
+    assert (0, 1, message) == (
+        job.code,
+        platform.result()["return_code"],
+        platform.result()["user_safe_error_message"],
+    )
+    assert [message] == job.texts(level="ERROR", internal=False, task="t")
+    assert "never" not in job.texts()
+
+
+def test_a_key_that_is_too_long_with_its_prefix_costs_one_output(platform: Platform) -> None:
+    """The path has 1,017 bytes, the prefix 9."""
+    part = "n" * 203
+    platform.script(f"cd $O; echo 1 >a; mkdir -p {'/'.join([part] * 4)}; cd {part}; cd {part}\n"
+                    f"cd {part}; cd {part}; echo 2 >{'m' * 201}; echo 3 >ok")  # fmt: skip
+    job = platform.invoke(platform.task(output_prefix="out/t/abc"))
+    outputs = json.loads(
+        platform.get("out/t/abc/.sagemaker_shim/inference_result.json")
+    )["outputs"]  # fmt: skip
+    assert ["a", "/".join([part] * 4 + ["ok"])] == [item["relative_path"] for item in outputs]
+    (warning,) = job.texts(level="WARNING", internal=False, task="t")
+    assert "its key would be longer than 1024 bytes" in warning
+
+
+@pytest.mark.parametrize("size", [1, 17 << 20], ids=["small", "in parts"])
+def test_names_that_xml_cannot_hold_are_uploaded(platform: Platform, size: int) -> None:
+    platform.command(
+        "python3",
+        "-c",
+        f"for name in ('\\x01', '\\x1b[0m', 'new\\nline', '\\ufffe'):\n"
+        f"    open('{platform.root}/output/' + name, 'wb').truncate({size})",
+    )
+    job = platform.invoke(platform.task())
+    assert (0, 0) == (job.code, platform.result()["return_code"]), job.stderr
+    outputs = {output["relative_path"] for output in platform.result()["outputs"]}
+    assert {"\x01", "\x1b[0m", "new\nline", "\ufffe"} == outputs
+    assert size == len(platform.get("out/t/\x01"))
+
+
+@needs_root
+@pytest.mark.parametrize("umask", ["077", "027"])
+def test_inputs_and_models_can_be_read_whatever_the_umask(platform: Platform, umask: str) -> None:
+    platform.set(USER=str(UNPRIVILEGED_UID), MODEL=f"s3://{platform.bucket}/model.tar.gz")
+    platform.put("model.tar.gz", make_tar(**{"weights/a": "W"}))
+    platform.put("in/a", b"I")
+    platform.put("in/z", make_zip(**{"d/z": "Z", "d/e/z": ""}))
+    platform.wrapper = ["sh", "-c", f'umask {umask} && exec "$@"', "sh"]
+    platform.script(f"cd $I && cat e/f/a e/z {platform.root}/opt/model/weights/a; echo; umask")
+    task = platform.task(inputs=[("e/f/a", "in/a"), ("e/zip", "in/z")])
+    task["inputs"][1]["decompress"] = True
+    assert ["IZW", f"0{umask}"] == platform.invoke(task).texts(internal=False)
+
+
+@needs_root
+@pytest.mark.parametrize("given", [True, False])
+def test_outputs_are_read_with_the_groups_that_the_command_had(
+    platform: Platform, given: bool
+) -> None:
+    """A member of the group could have read the file; without its groups the command could not."""
+    for name, line in (("passwd", "member:x:4321:4321::/:/bin/sh"), ("group", "g:x:5432:member")):
+        (platform.root / name).write_text(
+            f"root:x:0:{'0:root:/:/bin/sh' * (name == 'passwd')}\n{line}\n"
+        )
+    (held := platform.root / "held").mkdir()
+    held.chmod(0o777)
+    (held / "f").write_text("of the group")
+    (held / "f").chmod(0o640)
+    os.chown(held / "f", 0, 5432)
+    mounts = " && ".join(f"mount --bind {platform.root}/{n} /etc/{n}" for n in ("passwd", "group"))
+    platform.wrapper = ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"]
+    platform.set(USER="member", SET_EXTRA_GROUPS=given)
+    platform.script(f"cat {held}/f; mv {held}/f $O/f; echo x >$O/own")
+    job = platform.invoke(platform.task())
+    if "unshare" in job.stderr:
+        pytest.skip("needs the right to make mount namespaces")
+    outputs = [output["relative_path"] for output in platform.result()["outputs"]]
+    assert (["f", "own"] if given else ["own"]) == outputs
+    assert given == ("of the group" in job.stdout)
 
 
 def test_the_time_limit_ends_the_task(platform: Platform) -> None:
@@ -271,6 +370,74 @@ def test_a_full_shared_memory_is_named(platform: Platform) -> None:
         pytest.skip("needs the right to make mount namespaces")
     assert -signal.SIGBUS == platform.result()["return_code"]
     assert "/dev/shm holds at most 1 MiB" in "".join(job.texts(level="ERROR", internal=False))
+
+
+def on_small_disks(platform: Platform, **options: str) -> None:
+    """Mount tmpfs with options at the directories of a job, in a namespace of its own."""
+    mounts = []
+    for name, option in options.items():
+        (platform.root / name).mkdir(exist_ok=True)
+        mounts.append(f"mount -t tmpfs -o mode=0777,{option} none {platform.root}/{name}")
+    platform.wrapper = ["unshare", "--mount", "sh", "-c", f'{" && ".join(mounts)} && exec "$@"']
+    platform.wrapper += ["sh"]
+    if platform.run("--version").code:
+        pytest.skip("needs the right to make mount namespaces")
+
+
+FILL = {
+    "bytes": "head -c 100m /dev/zero >{}/fill",
+    "inodes": "python3 -c \"for n in range(10**6): open('{}/%s' % n, 'w')\"",
+}
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("option", "what"), [("size=3m", FILL["bytes"]), ("nr_inodes=400", FILL["inodes"])], ids=FILL
+)
+def test_a_task_that_fills_every_disk_is_followed_by_another(
+    platform: Platform, option: str, what: str
+) -> None:
+    """All that it wrote to its output is uploaded; nothing of it is in the way of the next."""
+    on_small_disks(platform, input=option, output=option, tmp=option)
+    platform.put("in/a", b"I")
+    fill = "; ".join(what.format(place) for place in ("$O", "$I", f"{platform.root}/tmp"))
+    platform.script(f"test -e $I/second || {{ {fill}; }} 2>$I/err; ls $O >&2; exit 0")
+    job = platform.invoke(
+        platform.task("1", inputs=[("first", "in/a")]),
+        platform.task("2", inputs=[("second", "in/a")]),
+    )
+    assert (0, 0, 0) == (
+        job.code,
+        platform.result("1")["return_code"],
+        platform.result("2")["return_code"],
+    )
+    assert len(platform.result("1")["outputs"]) >= (1 if "size" in option else 300)
+    assert [] == platform.result("2")["outputs"]
+    assert [] == platform.result("2")["user_process_last_stderr_lines"]
+
+
+@needs_root
+@pytest.mark.parametrize("is_zip", [False, True])
+@pytest.mark.parametrize("option", ["size=1m", "nr_inodes=2"])
+def test_inputs_that_do_not_fit_leave_a_signed_result(
+    platform: Platform, option: str, is_zip: bool
+) -> None:
+    on_small_disks(platform, input=option)
+    if is_zip:
+        platform.put("in/z", make_zip(a=" " * 3_000_000, **{"d/b": "", "e/c": ""}))
+    else:
+        platform.put("in/z", bytes(3_000_000))
+    platform.script("echo never")
+    task = platform.task(inputs=[("z/z" if is_zip else "d/e/z", "in/z")])
+    task["inputs"][0]["decompress"] = is_zip
+    job = platform.invoke(task)
+    found = job.code, platform.result()["return_code"], platform.result()["user_safe_error_message"]
+    assert found == (
+        (0, 1, "Contents of zip file too large")
+        if is_zip and "size" in option
+        else (1, 1, "The inputs of the task could not be downloaded")
+    )
+    assert "never" not in job.texts()
 
 
 NOT_FOUND = "The command defined by the containers ENTRYPOINT and CMD instructions does not exist"
@@ -490,7 +657,7 @@ def test_log_level_hides_internal_lines_only(platform: Platform) -> None:
     platform.environ["LOG_LEVEL"] = "ERROR"
     platform.script("echo shown")
     job = platform.invoke(platform.task())
-    assert ["shown"] == [line["log"] for line in job.lines]
+    assert ["shown"] == job.texts()
 
 
 def test_version_and_help_print_only_themselves(platform: Platform) -> None:
