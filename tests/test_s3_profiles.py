@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,14 @@ def test_a_profile_that_is_asked_for_and_ignored_is_named_with_the_reason(
         read_profile(environ | {"AWS_PROFILE": "two words"})
 
 
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A directory that others can reach: pytest closes those above tmp_path at its next start."""
+    with tempfile.TemporaryDirectory() as path:
+        Path(path).chmod(0o755)
+        yield Path(path)
+
+
 # Run as somebody else: root reads everything.
 UNREADABLE = """
 import os, sys
@@ -234,21 +243,18 @@ def find_as_another_user(*variables: str) -> str:
 @needs_root
 @pytest.mark.parametrize("what", ["home", "file"])
 def test_an_unreadable_file_counts_as_absent_and_is_named_where_nothing_else_is(
-    what: str, tmp_path: Path
+    what: str, public_path: Path
 ) -> None:
-    for directory in tmp_path.parents:
-        if directory.stat().st_mode & 0o005 != 0o005:
-            directory.chmod(0o755)
-    config = tmp_path / ".aws/config"
+    config = public_path / ".aws/config"
     config.parent.mkdir()
     config.write_text("[default]\nregion = eu-west-1\n")
     config.chmod(0o600)
-    tmp_path.chmod(0o700 if what == "home" else 0o755)
-    home = f"HOME={tmp_path}"
+    public_path.chmod(0o700 if what == "home" else 0o755)
+    home = f"HOME={public_path}"
     expected = "INFO Credentials come from the environment; region: not set\n"
     found = find_as_another_user(home, "AWS_ACCESS_KEY_ID=A", "AWS_SECRET_ACCESS_KEY=s")
     assert expected == found
     reasons = [f"Unable to read {config}: Permission denied"]
     if what == "home":
-        reasons.append(f"Unable to read {tmp_path}/.aws/credentials: Permission denied")
+        reasons.append(f"Unable to read {public_path}/.aws/credentials: Permission denied")
     assert "; ".join(["Unable to locate credentials", *reasons]) == find_as_another_user(home)[:-1]
