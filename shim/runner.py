@@ -120,10 +120,7 @@ class Runner:
             keep_outputs = self._keep_outputs_on_failure and outcome.return_code == 0
             outcome = replace(outcome, return_code=1, user_safe_error_message=self._explain(error))
             self._log.error(outcome.user_safe_error_message, internal=False, task=task.pk)
-        if keep_outputs:
-            place = self._settings.output_path
-            self._warn_author(task, f"What the command wrote is left in {place}")
-        is_clean = self._workspace.clean(keep_outputs=keep_outputs)
+        is_clean = self._clean(task, keep_outputs=keep_outputs)
         self._is_healthy = self._is_healthy and is_clean and outcome.is_healthy
         result = _build_result(task, outcome, outputs)
         self._leave(task, result)
@@ -133,6 +130,12 @@ class Runner:
         if isinstance(failure, TaskStopped | PlatformFailure):
             raise failure
         raise PlatformFailure(UNEXPECTED_MESSAGE) from failure
+
+    def _clean(self, task: InferenceTask, *, keep_outputs: bool) -> bool:
+        if keep_outputs:
+            place = self._settings.output_path
+            self._warn_author(task, f"What the command wrote is left in {place}")
+        return self._workspace.clean(keep_outputs=keep_outputs)
 
     def _explain(self, error: Exception) -> str:
         """Return what the author is told; tell the platform the rest."""

@@ -365,6 +365,9 @@ def open_directory(path: Path, *, mode: int | None = None, follow: bool = False)
       nothing and raise FileNotFoundError
     - follow: whether the last name may be a link of root's too
     """
+    direct = _open_directly(path)
+    if direct is not None:
+        return direct
     todo = [*path.absolute().parts[:0:-1]]
     here = os.open("/", _STEP)
     links = 0
@@ -384,6 +387,19 @@ def open_directory(path: Path, *, mode: int | None = None, follow: bool = False)
             todo += [name for name in target.split("/")[::-1] if name not in ("", ".")]
     with closing_descriptor(here):
         return os.open(".", _DIRECTORY, dir_fd=here)
+
+
+def _open_directly(path: Path) -> int | None:
+    """Open a directory in one go if there was no link on the way: proc(5), /proc/pid/fd."""
+    try:
+        directory = os.open(path, _DIRECTORY)
+    except OSError:
+        return None
+    with suppress(OSError):
+        if os.readlink(f"/proc/self/fd/{directory}") == str(path):
+            return directory
+    os.close(directory)
+    return None
 
 
 def _enter(here: int, name: str, flags: int, mode: int | None) -> tuple[int, bool]:

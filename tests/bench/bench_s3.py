@@ -113,9 +113,7 @@ def ours(case: str, names: list[str], work: str, environ: dict[str, str]) -> Mea
     with measured() as result:
         if case.endswith("down"):
             transfers.download_all(
-                Download(
-                    bucket=BUCKET, key=name, open=lambda: os.open(down, os.O_PATH), name=name
-                )
+                Download(bucket=BUCKET, key=name, open=lambda: os.open(down, os.O_PATH), name=name)
                 for name in names
             )
         else:
