@@ -89,16 +89,7 @@ def owned():
 
 def in_namespace(program: str, *wrapper: str) -> list[str]:
     """Run a program as process 1 of a PID namespace, or below a wrapper; return what it printed."""
-    command = [
-        "unshare",
-        "--pid",
-        "--ipc",
-        "--fork",
-        "--kill-child",
-        "--mount-proc",
-        "--",
-        *wrapper,
-    ]
+    command = ["unshare", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc", *wrapper]
     code = PRELUDE + textwrap.dedent(program)
     done = subprocess.run(
         [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=60
