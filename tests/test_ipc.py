@@ -52,7 +52,8 @@ def make_as(user):
     os.waitpid(pid, 0)
 
 def count(uid):
-    tables = [Path("/proc/sysvipc", kind).read_text().splitlines() for kind in ("shm", "sem", "msg")]
+    kinds = ("shm", "sem", "msg")
+    tables = [Path("/proc/sysvipc", kind).read_text().splitlines() for kind in kinds]
     rows = [dict(zip(table[0].split(), row.split())) for table in tables for row in table[1:]]
     return sum(row["uid"] == str(uid) for row in rows)
 """
