@@ -106,12 +106,14 @@ def is_uncollected(pid: int) -> bool:
 class Leftovers:
     """What a process left behind.
 
-    - ended: how many processes were seen to outlive it
-    - alive: the pids of those who still do
+    - ended: how many processes outlived it until now, as far as they were seen
+    - alive: the pids of those who were seen to do so still
+    - is_over: nobody does; False also when there were signs of somebody up to the end
     """
 
     ended: int
     alive: tuple[int, ...]
+    is_over: bool
 
 
 def end_descendants(
@@ -122,18 +124,19 @@ def end_descendants(
     Ends when two looks in a row find nobody and no sign of anybody, or after KILL_SECONDS.
 
     - session: the one that the task's first process led; others are found from there
-    - kill_all: called with all that /proc shows, and our other children, while somebody lives
+    - kill_all: called with all that /proc shows, and our other children, while there is somebody
     """
     sessions = {session}
     seen: set[int] = set()
+    living: list[Stat] = []
     deadline = time.monotonic() + KILL_SECONDS
-    quiet_looks, living = 0, list[Stat]()
+    is_quiet, quiet_looks = True, 0
     while quiet_looks < 2 and time.monotonic() < deadline:
         reaped_before = _reaped
         _stop_orphans()
         processes = list(read_processes())
         living = _find_descendants(processes, sessions)
-        if living:
+        if living or not is_quiet:
             kill_all(processes, _own - {session})
         for target, signum in _choose_signals(living, seen):
             with suppress(OSError):
@@ -144,8 +147,8 @@ def end_descendants(
         quiet_looks = quiet_looks + 1 if is_quiet else 0
         if living:
             time.sleep(_SCAN_SECONDS)
-    alive = tuple(process.pid for process in living) if quiet_looks < 2 else ()
-    return Leftovers(ended=len(seen), alive=alive)
+    alive = tuple(process.pid for process in living)
+    return Leftovers(ended=len(seen.difference(alive)), alive=alive, is_over=quiet_looks == 2)
 
 
 def _stop_orphans() -> None:

@@ -139,13 +139,14 @@ class BaseMode:
         """
         leftovers = process.end(grace=self._settings.sigterm_grace)
         relay.finish()
-        ended, alive = leftovers.ended, leftovers.alive
-        if ended:
-            self._log.info(f"Ended {ended} processes that the command left behind")
-        if alive:
-            shown = ", ".join(map(str, alive[:SHOWN_PIDS]))
-            self._log.error(f"{len(alive)} processes could not be ended, with the pids {shown}")
-        return not alive
+        if leftovers.ended:
+            self._log.info(f"Ended {leftovers.ended} processes that the command left behind")
+        if not leftovers.is_over:
+            shown = ", ".join(map(str, leftovers.alive[:SHOWN_PIDS])) or "unknown"
+            self._log.error(
+                f"{SURVIVORS_MESSAGE}: at least {len(leftovers.alive)}, with the pids {shown}"
+            )
+        return leftovers.is_over
 
 
 class ExecMode(BaseMode):

@@ -20,7 +20,7 @@ import select
 import signal
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -156,19 +156,19 @@ class Process:
         )
 
     def end(self, *, grace: timedelta = _NO_TIME) -> Leftovers:
-        """End the process if it is alive, then all its descendants; return how many those were.
+        """End the process if it is alive, then all its descendants; say whether that succeeded.
 
         Takes every orphan that came to us for one of them. Bounded in time.
         """
         deadline = time.monotonic() + descendants.KILL_SECONDS
         if self.poll() is None and not self._is_killed:
             self._terminate(grace, None)
-        alive = self._end_descendants()
+        leftovers = self._end_descendants()
         if self.poll() is None and not self.await_end(deadline=deadline):
-            alive += (self.pid,)
+            leftovers = replace(leftovers, alive=(self.pid, *leftovers.alive), is_over=False)
         if self._objects is not None:
             self._objects.remove_new()
-        return Leftovers(ended=self._ended, alive=alive)
+        return replace(leftovers, ended=self._ended)
 
     def kill(self, *, seconds: float = descendants.KILL_SECONDS) -> None:
         """End the process, if it is alive, and its group, at once."""
@@ -176,11 +176,10 @@ class Process:
         self._is_killed = True
         self.await_end(deadline=time.monotonic() + seconds)
 
-    def _end_descendants(self) -> tuple[int, ...]:
-        """End who was started by the process; return who lives."""
+    def _end_descendants(self) -> Leftovers:
         leftovers = descendants.end_descendants(self.pid, kill_all=killer.kill_all)
         self._ended += leftovers.ended
-        return leftovers.alive
+        return leftovers
 
     def await_end(
         self, *, deadline: float | None, stop: Stop | None = None, stop_count: int = 1
