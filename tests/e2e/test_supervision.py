@@ -197,7 +197,7 @@ def test_who_cannot_be_ended_ends_the_server(platform: Platform, survivor: str) 
     with serving(platform) as server:
         status, result = server.invoke(platform.task())
         assert (200, SURVIVORS) == (status, result["user_safe_error_message"])
-        poll(lambda: server.process.poll() is not None)
+        poll(lambda: server.process.poll() is not None, seconds=20)
         assert 0 == finish(server.process).code
 
 
