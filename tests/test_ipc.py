@@ -16,6 +16,8 @@ pytestmark = [
         not can_unshare(), reason="needs util-linux's unshare and the right to make namespaces"
     ),
 ]
+# They fork beside the thread that reaps, which newer versions warn of.
+PYTHON = (sys.executable, "-W", "ignore::DeprecationWarning")
 USER, ANOTHER = 54392, 54393
 MAKE = """
 import ctypes, sys, time
@@ -63,7 +65,7 @@ def in_namespace(program: str, *wrapper: str) -> str:
     command = ["unshare", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc", *wrapper]
     code = PRELUDE + textwrap.dedent(program)
     done = subprocess.run(
-        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        [*command, *PYTHON, "-c", code], capture_output=True, text=True, timeout=60
     )
     assert "" == done.stderr
     return done.stdout.strip()

@@ -64,6 +64,8 @@ def test_nobody_takes_our_own_place(uid: int | None) -> None:
     assert killer._killer is None
 
 
+# They fork beside the thread that reaps, which newer versions warn of.
+PYTHON = (sys.executable, "-W", "ignore::DeprecationWarning")
 USER = 54391
 PRELUDE = f"""
 import ctypes, os, signal, subprocess, sys, time
@@ -92,7 +94,7 @@ def in_namespace(program: str, *wrapper: str) -> list[str]:
     command = ["unshare", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc", *wrapper]
     code = PRELUDE + textwrap.dedent(program)
     done = subprocess.run(
-        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        [*command, *PYTHON, "-c", code], capture_output=True, text=True, timeout=60
     )
     assert "" == done.stderr
     return done.stdout.split()
