@@ -9,6 +9,8 @@ Rule 3: nothing of a task survives it. A process is stopped when it is first see
 Rule 4: signals go to groups: a group that forks faster than we read /proc ends at one blow.
 Rule 5: who was not seen may have moved on, from parent to child, while we looked: then it has left
         an orphan that ended, and we look again.
+Rule 6: some thousand processes that do nothing but fork outrun every look: where it may, a killer
+        ends them at one blow (shim.killer). Whoever is left all the same is named.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _REAP_SECONDS = 1.0
@@ -94,21 +96,48 @@ def signal_group(pid: int, signum: int) -> None:
             os.killpg(pid, signum)
 
 
-def end_descendants(session: int) -> int:
-    """Kill what is left of a task; return how many processes that were.
+def is_uncollected(pid: int) -> bool:
+    """Tell whether a process is a child of ours whose status nobody has collected."""
+    with _lock:
+        return pid in _own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leftovers:
+    """What a process left behind.
+
+    - ended: how many processes outlived it until now, as far as they were seen
+    - alive: the pids of those who were seen to do so still
+    - is_over: nobody does; False also when there were signs of somebody up to the end
+    """
+
+    ended: int
+    alive: tuple[int, ...]
+    is_over: bool
+
+
+def end_descendants(
+    session: int, *, kill_all: Callable[[list[Stat], set[int]], object] = lambda *_: None
+) -> Leftovers:
+    """Kill what is left of a task.
 
     Ends when two looks in a row find nobody and no sign of anybody, or after KILL_SECONDS.
 
     - session: the one that the task's first process led; others are found from there
+    - kill_all: called with all that /proc shows, and our other children, while there is somebody
     """
     sessions = {session}
     seen: set[int] = set()
+    living: list[Stat] = []
     deadline = time.monotonic() + KILL_SECONDS
-    quiet_looks = 0
+    is_quiet, quiet_looks = True, 0
     while quiet_looks < 2 and time.monotonic() < deadline:
         reaped_before = _reaped
         _stop_orphans()
-        living = _find_descendants(sessions)
+        processes = list(read_processes())
+        living = _find_descendants(processes, sessions)
+        if living or not is_quiet:
+            kill_all(processes, _own - {session})
         for target, signum in _choose_signals(living, seen):
             with suppress(OSError):
                 os.kill(target, signum)
@@ -118,7 +147,8 @@ def end_descendants(session: int) -> int:
         quiet_looks = quiet_looks + 1 if is_quiet else 0
         if living:
             time.sleep(_SCAN_SECONDS)
-    return len(seen)
+    alive = tuple(process.pid for process in living)
+    return Leftovers(ended=len(seen.difference(alive)), alive=alive, is_over=quiet_looks == 2)
 
 
 def _stop_orphans() -> None:
@@ -135,7 +165,7 @@ def _stop_orphans() -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Stat:
+class Stat:
     """What /proc/PID/stat tells of a process."""
 
     pid: int
@@ -145,11 +175,13 @@ class _Stat:
     is_alive: bool
 
 
-def _read_processes() -> Iterator[_Stat]:
-    """Yield every process, unless /proc is that of another PID namespace."""
-    if os.readlink("/proc/self") != str(os.getpid()):
-        return
-    for name in os.listdir("/proc"):
+def read_processes() -> Iterator[Stat]:
+    """Yield every process; nobody where there is no /proc, or that of another PID namespace."""
+    names: list[str] = []
+    with suppress(OSError):
+        if os.readlink("/proc/self") == str(os.getpid()):
+            names = os.listdir("/proc")
+    for name in names:
         if name.isdigit():
             with suppress(OSError):  # it is gone
                 with open(f"/proc/{name}/stat", "rb") as file:
@@ -157,26 +189,25 @@ def _read_processes() -> Iterator[_Stat]:
                 # A zombie whose other threads live on is alive (num_threads, proc(5)).
                 is_alive = fields[0] not in (b"Z", b"X") or int(fields[17]) > 1
                 ppid, pgrp, session = map(int, fields[1:4])
-                yield _Stat(pid=int(name), ppid=ppid, pgrp=pgrp, session=session, is_alive=is_alive)
+                yield Stat(pid=int(name), ppid=ppid, pgrp=pgrp, session=session, is_alive=is_alive)
 
 
-def _find_descendants(sessions: set[int]) -> list[_Stat]:
+def _find_descendants(processes: Iterable[Stat], sessions: set[int]) -> list[Stat]:
     """Return the living processes of a task; add the sessions they are in to `sessions`.
 
     Those are: whoever is in one of its sessions, orphans that came to us, and all below them.
     """
     us, our_session = os.getpid(), os.getsid(0)
-    children: dict[int, list[_Stat]] = {}
-    pending: list[_Stat] = []
-    with suppress(OSError):  # no /proc
-        for process in _read_processes():
-            children.setdefault(process.ppid, []).append(process)
-            is_orphan = process.ppid == us and process.session != our_session
-            if is_orphan or process.session in sessions:
-                pending.append(process)
+    children: dict[int, list[Stat]] = {}
+    pending: list[Stat] = []
+    for process in processes:
+        children.setdefault(process.ppid, []).append(process)
+        is_orphan = process.ppid == us and process.session != our_session
+        if is_orphan or process.session in sessions:
+            pending.append(process)
     with _lock:  # after the look, as above
         own = set(_own)
-    found: dict[int, _Stat] = {}
+    found: dict[int, Stat] = {}
     pending = [process for process in pending if process.pid not in own]
     while pending:
         process = pending.pop()
@@ -187,7 +218,7 @@ def _find_descendants(sessions: set[int]) -> list[_Stat]:
     return [process for process in found.values() if process.is_alive]
 
 
-def _choose_signals(living: Iterable[_Stat], seen: set[int]) -> set[tuple[int, int]]:
+def _choose_signals(living: Iterable[Stat], seen: set[int]) -> set[tuple[int, int]]:
     """Return what kill(2) is to be called with: stop who is new, kill who was seen (rules 3, 4)."""
     not_theirs = (0, 1, os.getpgrp())
     return {

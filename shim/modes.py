@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from shim.command import child_environment, resolve_argv
+from shim.errors import UserSafeError
 from shim.logs import Log
 from shim.settings import Settings
 from shim.stopping import Stop
@@ -41,6 +42,8 @@ OUT_OF_MEMORY_RETURN_CODE = 137
 # As the process itself ends by SIGBUS, and as a shell reports it of what it ran.
 BUS_ERROR_RETURN_CODES = (-signal.SIGBUS, 128 + signal.SIGBUS)
 SHARED_MEMORY = "/dev/shm"
+SHOWN_PIDS = 10
+SURVIVORS_MESSAGE = "Processes of the task could not be ended"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +119,7 @@ class BaseMode:
 
     def _start(self, task: str | None) -> tuple[Process, Relay]:
         """Start the command and relay what it writes."""
-        from shim.process import start
+        from shim.process import NO_ROOM_MESSAGE, start
         from shim.relay import Relay
 
         spec = resolve_spec(self._settings, self._environ)
@@ -126,15 +129,28 @@ class BaseMode:
         process = start(spec)
         relay.attach(process.stdout_fd, source="stdout")
         relay.attach(process.stderr_fd, source="stderr")
-        relay.start()
+        try:
+            relay.start()
+        except RuntimeError as error:  # no room for another thread
+            self._end(process, relay)
+            raise UserSafeError(NO_ROOM_MESSAGE) from error
         return process, relay
 
-    def _end(self, process: Process, relay: Relay) -> None:
-        """End the command with everything that it started, and write all that it wrote."""
-        ended = process.end(grace=self._settings.sigterm_grace)
+    def _end(self, process: Process, relay: Relay) -> bool:
+        """End the command with everything that it started, and write all that it wrote.
+
+        Returns whether nobody is left.
+        """
+        leftovers = process.end(grace=self._settings.sigterm_grace)
         relay.finish()
-        if ended:
-            self._log.info(f"Ended {ended} processes that the command left behind")
+        if leftovers.ended:
+            self._log.info(f"Ended {leftovers.ended} processes that the command left behind")
+        if not leftovers.is_over:
+            shown = ", ".join(map(str, leftovers.alive[:SHOWN_PIDS])) or "unknown"
+            self._log.error(
+                f"{SURVIVORS_MESSAGE}: at least {len(leftovers.alive)}, with the pids {shown}"
+            )
+        return leftovers.is_over
 
 
 class ExecMode(BaseMode):
@@ -156,8 +172,10 @@ class ExecMode(BaseMode):
             )
             duration = timedelta(seconds=self._clock() - began)
         finally:
-            self._end(process, relay)
+            is_over = self._end(process, relay)
         return_code, message = read_ending(ending)
+        if not is_over and not message:
+            return_code, message = 1, SURVIVORS_MESSAGE
         if return_code in BUS_ERROR_RETURN_CODES:
             self._log.error(_explain_bus_error(), internal=False, task=task.pk)
         if message:
@@ -167,7 +185,7 @@ class ExecMode(BaseMode):
             user_safe_error_message=message,
             last_stderr_lines=relay.last_stderr_lines,
             exec_duration=duration,
-            is_healthy=not ending.timed_out,
+            is_healthy=is_over and not ending.timed_out,
             stopped=ending.stopped,
         )
 

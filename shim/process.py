@@ -7,7 +7,9 @@ Rule 3: a process is asked to end (SIGTERM to its group), given its grace, then 
 Rule 4: a return code is an exit status, or -n after signal n; nobody else collects it.
 Rule 5: SIGKILL that nobody here sent, with a rise of the cgroup's oom_kill counter, is the
         kernel's answer to too much memory.
-Rule 6: nothing that the process started survives end().
+Rule 6: nothing that the process started survives end(), or it is named.
+Rule 7: a process may have ended although its status cannot be had: a tracer has it first, and is
+        most likely of the process's own making. Then its descendants are ended at once.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import select
 import signal
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from shim import descendants
+from shim import descendants, ipc, killer
+from shim.descendants import Leftovers
 from shim.errors import UserSafeError
 from shim.executables import explain_exec_error
 from shim.launch import Launched, ProcessSpec, StartError, launch
@@ -36,8 +39,13 @@ if TYPE_CHECKING:
 
 _LONGEST_WAIT_SECONDS = 3600.0
 _SLICE_SECONDS = 0.05  # where we must look again: no pidfd before Linux 5.3, second signals
+_DYING_SECONDS = 1.0  # who takes longer to die of SIGKILL is traced, or hangs in the kernel
 _MAX_HELPER_BYTES = 1 << 20
 _NO_TIME = timedelta(0)
+NO_ROOM_MESSAGE = (
+    "The command could not be started: there is no room for another process or thread; "
+    "raise the limit on processes (pids) of the container"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,12 +69,16 @@ def start(spec: ProcessSpec, *, memory_events: MemoryEvents | None = None) -> Pr
     Raises UserSafeError with a sentence that says what to do.
     """
     descendants.adopt_orphans()
+    killer.prepare(spec.user.uid)
+    objects = ipc.Objects.of(spec.user.uid)
     events = memory_events or MemoryEvents()
     oom_kills = events.count_oom_kills()
     try:
-        return Process(launch(spec), lambda: events.count_oom_kills() > oom_kills)
+        return Process(launch(spec), lambda: events.count_oom_kills() > oom_kills, objects=objects)
     except StartError as error:
         raise UserSafeError(_explain(error, spec)) from error
+    except BlockingIOError as error:  # EAGAIN, of fork(2)
+        raise UserSafeError(NO_ROOM_MESSAGE) from error
 
 
 def run_helper(
@@ -101,13 +113,21 @@ class Process:
     """
 
     def __init__(
-        self, launched: Launched, has_oom_kill: Callable[[], bool] = lambda: False
+        self,
+        launched: Launched,
+        has_oom_kill: Callable[[], bool] = lambda: False,
+        *,
+        objects: ipc.Objects | None = None,
     ) -> None:
         self.pid = launched.pid
         self.stdout_fd = launched.stdout_fd
         self.stderr_fd = launched.stderr_fd
         self._has_oom_kill = has_oom_kill
+        self._objects = objects
         self._return_code: int | None = None
+        self._ended = 0  # descendants
+        self._is_killed = False  # nothing else can be done to it
+        self._is_held = False  # it has ended, and its status cannot be had
 
     def poll(self) -> int | None:
         """Return the return code when the process has ended, else None."""
@@ -137,19 +157,31 @@ class Process:
             stopped=stopped,
         )
 
-    def end(self, *, grace: timedelta = _NO_TIME) -> int:
-        """End the process if it is alive, then all its descendants; return how many those were.
+    def end(self, *, grace: timedelta = _NO_TIME) -> Leftovers:
+        """End the process if it is alive, then all its descendants; say whether that succeeded.
 
         Takes every orphan that came to us for one of them. Bounded in time.
         """
-        if self.poll() is None:
+        deadline = time.monotonic() + descendants.KILL_SECONDS
+        if self.poll() is None and not self._is_killed:
             self._terminate(grace, None)
-        return descendants.end_descendants(self.pid)
+        leftovers = self._end_descendants()
+        if self.poll() is None and not self.await_end(deadline=deadline):
+            leftovers = replace(leftovers, alive=(self.pid, *leftovers.alive), is_over=False)
+        if self._objects is not None:
+            self._objects.remove_new()
+        return replace(leftovers, ended=self._ended)
 
-    def kill(self) -> None:
+    def kill(self, *, seconds: float = descendants.KILL_SECONDS) -> None:
         """End the process, if it is alive, and its group, at once."""
         descendants.signal_group(self.pid, signal.SIGKILL)
-        self.await_end(deadline=time.monotonic() + descendants.KILL_SECONDS)
+        self._is_killed = True
+        self.await_end(deadline=time.monotonic() + seconds)
+
+    def _end_descendants(self) -> Leftovers:
+        leftovers = descendants.end_descendants(self.pid, kill_all=killer.kill_all)
+        self._ended += leftovers.ended
+        return leftovers
 
     def await_end(
         self, *, deadline: float | None, stop: Stop | None = None, stop_count: int = 1
@@ -159,28 +191,37 @@ class Process:
         if stop is not None and stop_count == 1:
             poller.register(stop.fileno(), select.POLLIN)
         with _open_pidfd(self.pid) as pidfd:
-            if pidfd is not None:
+            if pidfd is not None and not self._is_held:
                 poller.register(pidfd, select.POLLIN)
-            must_look_again = pidfd is None or (stop is not None and stop_count > 1)
             while self.poll() is None:
                 now = time.monotonic()
                 if stop is not None and stop.count >= stop_count:
                     return False
                 if deadline is not None and now >= deadline:
                     return False
+                must_look_again = pidfd is None or self._is_held or (stop and stop_count > 1)
                 waits = [] if deadline is None else [deadline - now]
                 waits += [_SLICE_SECONDS] if must_look_again else []
                 # poll(2) takes no more milliseconds than an int holds: 24.8 days.
-                poller.poll(min([*waits, _LONGEST_WAIT_SECONDS]) * 1000 + 1 if waits else None)
+                timeout = min([*waits, _LONGEST_WAIT_SECONDS]) * 1000 + 1 if waits else None
+                if pidfd in dict(poller.poll(timeout)) and self._is_status_held():
+                    poller.unregister(pidfd)  # it stays readable
+                    self._end_descendants()
         return True
+
+    def _is_status_held(self) -> bool:
+        """Tell whether the process, which has ended, cannot be collected (rule 7)."""
+        self._is_held = self.poll() is None and descendants.is_uncollected(self.pid)
+        return self._is_held
 
     def _terminate(self, grace: timedelta, stop: Stop | None) -> None:
         """Ask the group to end, wait for the process for grace, then make them end."""
-        descendants.signal_group(self.pid, signal.SIGTERM)
-        descendants.signal_group(self.pid, signal.SIGCONT)  # who is stopped cannot end in order
-        deadline = time.monotonic() + grace.total_seconds()
-        self.await_end(deadline=deadline, stop=stop, stop_count=2)
-        self.kill()
+        if not self._is_held:
+            descendants.signal_group(self.pid, signal.SIGTERM)
+            descendants.signal_group(self.pid, signal.SIGCONT)  # who is stopped cannot end in order
+            deadline = time.monotonic() + grace.total_seconds()
+            self.await_end(deadline=deadline, stop=stop, stop_count=2)
+        self.kill(seconds=_DYING_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

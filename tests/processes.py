@@ -50,7 +50,7 @@ def run(*argv: str, timeout: timedelta | None = None, **options: object) -> Ran:
     """Run a command that writes little, to its end."""
     process = begin(*argv, **options)
     ending = process.wait(timeout=timeout, grace=GRACE, stop=NEVER)
-    ended = process.end()
+    ended = process.end().ended
     stdout, stderr = close(process)
     return Ran(ending=ending, stdout=stdout, stderr=stderr, ended=ended)
 

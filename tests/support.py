@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,15 @@ import pytest
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: switches users")
 
 UNPRIVILEGED_UID = 65534
+
+
+def can_unshare() -> bool:
+    """Tell whether PID namespaces can be made here."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 def free_port() -> int:

@@ -112,6 +112,22 @@ def test_the_command_runs_as_the_user_who_is_named(podman: Podman, image: str) -
     assert ["1001"] == lines(done)
 
 
+@pytest.mark.parametrize("options", [(), ("--pid", "host")], ids=["its own", "the host's"])
+def test_a_task_is_ended_without_others_of_its_user(
+    podman: Podman, image: str, options: tuple[str, ...]
+) -> None:
+    """Where the container shares the host's processes, those of the same user are not a task's."""
+    user = ["--user", "0", "--env", "GRAND_CHALLENGE_COMPONENT_USER=algo"]
+    script = "/bin/busybox setsid sleep 600 & exit 0"
+    with subprocess.Popen(["sleep", "600"], user=1001) as other:
+        done = podman(
+            "run", "--rm", *options, *limits(), *user, image, *RUN, "/bin/sh", "-c", script
+        )
+        assert other.poll() is None
+        other.kill()
+    assert "Ended 1 processes" in done.stdout
+
+
 def test_a_read_only_container_of_a_user_is_told_what_it_lacks(podman: Podman, image: str) -> None:
     done = podman(
         *("run", "--rm", "--read-only", *limits(), image, "check", "--", "/bin/id"), check=False

@@ -90,7 +90,7 @@ def left_by(program: str, *, lines: int = 1) -> tuple[list[str], int]:
     process = begin(PYTHON, "-c", program)
     said = [read_line(process) for _ in range(lines)]
     process.wait(timeout=None, grace=GRACE, stop=NEVER)
-    ended = process.end()
+    ended = process.end().ended
     close(process)
     return said, ended
 
@@ -141,7 +141,7 @@ def test_descendants_of_a_process_ended_by_its_limit_are_ended() -> None:
     pid = int(read_line(process))
     ending = process.wait(timeout=timedelta(seconds=0.1), grace=GRACE, stop=NEVER)
     assert ending.timed_out
-    assert process.end() >= 1
+    assert process.end().ended >= 1
     assert not is_alive(pid)
     close(process)
 
@@ -151,7 +151,10 @@ def test_daemon_is_found_by_its_session_without_being_our_orphan() -> None:
     process = begin("sh", "-c", "sleep 600 & echo $!")
     pid = int(read_line(process))
     process.wait(timeout=None, grace=GRACE, stop=NEVER)
-    assert pid in {found.pid for found in descendants._find_descendants({process.pid})}
+    assert pid in {
+        found.pid
+        for found in descendants._find_descendants(descendants.read_processes(), {process.pid})
+    }
     process.end()
     assert not is_alive(pid)
     close(process)
@@ -208,14 +211,14 @@ def test_no_status_is_stolen_while_orphans_come_and_go() -> None:
 
 def test_proc_of_another_namespace_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "readlink", lambda path: "1")
-    assert [] == list(descendants._read_processes())
+    assert [] == list(descendants.read_processes())
 
 
 @pytest.mark.parametrize(
     ("pgrp", "expected"), [(0, 5), (1, 5), (7, -7), (os.getpgrp(), 5)], ids=str
 )
 def test_no_signal_goes_to_our_group_or_to_everybody(pgrp: int, expected: int) -> None:
-    process = descendants._Stat(pid=5, ppid=4, pgrp=pgrp, session=4, is_alive=True)
+    process = descendants.Stat(pid=5, ppid=4, pgrp=pgrp, session=4, is_alive=True)
     assert {(expected, signal.SIGSTOP)} == descendants._choose_signals([process], set())
     assert {(expected, signal.SIGKILL)} == descendants._choose_signals([process], {5})
 
@@ -235,7 +238,7 @@ assert ["ready"] * 2 == [read_line(process) for _ in range(2)]
 poll(lambda: count_zombies() == 0)
 os.kill(os.getpid(), signal.SIGTERM)
 ending = process.wait(timeout=None, grace=timedelta(seconds=5), stop=stop)
-ended = process.end()
+ended = process.end().ended
 left = [pid for pid in os.listdir("/proc") if pid.isdigit()]
 print(os.getpid(), ending.return_code, ending.stopped, ended >= 2, left)
 sys.exit(128 + stop.signum)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tests.processes import (
     ENVIRONMENT,
     GRACE,
     NEVER,
+    PYTHON,
     begin,
     close,
     count_zombies,
@@ -282,3 +284,80 @@ def test_many_waiting_threads_get_the_same_return_code() -> None:
     process.end()
     close(process)
     assert [5] * 8 == codes
+
+
+# The command's child traces it, or another thread of it, before it ends: its status goes there.
+HELD = """
+import ctypes, os, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+ATTACH, CONT, SEIZE = 16, 7, 0x4206
+ready, told = os.pipe(), os.pipe()
+def go():
+    os.read(told[0], 1)
+    {end}
+thread = threading.Thread(target=go)
+thread.start()
+target = {target}
+if os.fork() == 0:
+    if {leaves}:
+        os.setsid()
+    if libc.ptrace(SEIZE, target, 0, 0):
+        print("refused", ctypes.get_errno(), flush=True)
+    os.write(told[1], b"x")
+    time.sleep(600)
+time.sleep(600)
+"""
+MEMBERS = {
+    "in its session": {"target": "os.getpid()", "leaves": False, "end": "os._exit(3)"},
+    "in another session": {"target": "os.getpid()", "leaves": True, "end": "os._exit(3)"},
+    "by a signal": {"target": "os.getpid()", "leaves": True, "end": "os.kill(os.getpid(), 9)"},
+}
+
+
+@pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
+def test_end_that_a_tracer_holds_back_is_seen_at_once(member: dict[str, object]) -> None:
+    process = begin(PYTHON, "-c", HELD.format(**member))
+    began, before = time.monotonic(), time.thread_time()
+    ending = process.wait(timeout=LONG, grace=GRACE, stop=NEVER)
+    expected = -signal.SIGKILL if "kill" in str(member["end"]) else 3
+    assert Ending(return_code=expected) == ending
+    assert time.monotonic() - began < 5
+    assert time.thread_time() - before < 1
+    assert (1, ()) == (process.end().ended, process.end().alive)
+    assert "" == close(process)[0]
+
+
+def test_tracer_of_one_thread_holds_an_end_back_no_longer_than_the_limit() -> None:
+    # Not even the kernel's list of processes tells this from a thread that goes on.
+    member = {"target": "thread.native_id", "leaves": True, "end": "os._exit(3)"}
+    process = begin(PYTHON, "-c", HELD.format(**member))
+    began = time.monotonic()
+    ending = process.wait(timeout=timedelta(seconds=1), grace=MOMENT, stop=NEVER)
+    leftovers = process.end(grace=GRACE)
+    assert time.monotonic() - began < 5
+    assert (True, ()) == (ending.timed_out, leftovers.alive)
+    assert 3 == process.poll()
+    close(process)
+
+
+def test_tracer_from_elsewhere_is_waited_for_in_peace() -> None:
+    process = begin("sh", "-c", "read line; sleep 0.5; exit 3")
+    tracer = subprocess.Popen(
+        [PYTHON, "-c", TRACE_AND_WAIT, str(process.pid)], stdout=subprocess.PIPE, text=True
+    )
+    assert tracer.stdout and "ready\n" == tracer.stdout.readline()
+    before = time.thread_time()
+    ending = process.wait(timeout=LONG, grace=GRACE, stop=NEVER)
+    assert Ending(return_code=3) == ending
+    assert time.thread_time() - before < 0.3
+    process.end()
+    close(process)
+    tracer.communicate()
+
+
+TRACE_AND_WAIT = """
+import ctypes, sys, time
+print("ready" if ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), 0, 0) == 0 else "refused",
+      flush=True)
+time.sleep(1.5)
+"""

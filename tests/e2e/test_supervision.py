@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,17 +18,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.platform import IS_PYTHON, SIGNING_KEY, Finished, Platform, finish
-from tests.support import UNPRIVILEGED_UID, needs_root, poll, signal_set
+from tests.e2e.test_serve import serving
+from tests.support import UNPRIVILEGED_UID, can_unshare, needs_root, poll, signal_set
 
 STOPPED = "The task was stopped before it finished"
-
-
-def can_unshare() -> bool:
-    command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
-    try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
 
 
 needs_namespaces = pytest.mark.skipif(
@@ -105,6 +99,134 @@ def test_a_fork_bomb_under_a_limit_is_ended(supervised: Platform) -> None:
     )
     owned = [d for d in Path("/proc").glob("[0-9]*") if d.exists() and d.stat().st_uid == 54321]
     assert [] == owned
+
+
+# Hundreds of processes that do nothing but fork, leave their session, and end.
+STORM = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_NPROC, (1500, 1500))
+for _ in range(1500):
+    try:
+        if os.fork() == 0:
+            while True:
+                try:
+                    if os.fork():
+                        os._exit(0)
+                    os.setsid()
+                except OSError:
+                    pass
+    except OSError:
+        break
+"""
+BELOW_INIT = [*AS_PID_1, "sh", "-c", '"$@"; exit $?', "init"]
+
+
+@needs_root
+@needs_namespaces
+@pytest.mark.parametrize("wrapper", [AS_PID_1, BELOW_INIT], ids=["pid-1", "below-an-init"])
+def test_a_storm_of_forks_does_not_reach_the_next_task(
+    platform: Platform, wrapper: list[str]
+) -> None:
+    uid = 54322
+    platform.wrapper = wrapper
+    platform.set(USER=uid)
+    storm = platform.root / "storm.py"
+    storm.write_text(STORM)
+    platform.put("in/1", b"1")
+    platform.put("in/2", b"2")
+    platform.script(
+        f"if grep -q 1 $I/n; then exec /usr/bin/python3 -ISE {storm}; fi;"
+        f" stat -c %u /proc/[0-9]* 2>/dev/null | grep -c '^{uid}$'"
+    )
+    job = platform.invoke(
+        platform.task("1", inputs=[("n", "in/1")]), platform.task("2", inputs=[("n", "in/2")])
+    )
+    assert (0, 0, 0) == (
+        job.code,
+        platform.result("1")["return_code"],
+        platform.result("2")["return_code"],
+    )
+    (living,) = job.texts(internal=False, task="2")
+    assert int(living) < 10  # the shell, and what it counts with
+    assert [] == list(marked(str(storm)))
+
+
+@pytest.fixture
+def survivor(platform: Platform) -> Iterator[str]:
+    """A platform whose task leaves a process that its shim cannot end: a root's, of a user's shim.
+
+    The fixture's value is the process's mark.
+    """
+    mark = f"survivor-{os.getpid()}-{time.monotonic_ns()}"
+    program = "import os, time; os.setresuid(0, 0, 0); print(1, flush=True); time.sleep(600)"
+    python = platform.root / "python"
+    platform.script(
+        f"setsid {python} -ISEc {program!r} {mark} >$O/ready &"
+        " until test -s $O/ready; do sleep 0.05; done; exit 0"
+    )
+    platform.set(NO_NEW_PRIVILEGES=False, WRITABLE_DIRECTORIES="")
+    platform.leave_root()
+    shutil.copy("/usr/bin/python3", python)
+    python.chmod(0o4755)
+    yield mark
+    for pid in marked(mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+SURVIVORS = "Processes of the task could not be ended"
+
+
+@needs_root
+def test_who_cannot_be_ended_fails_the_task(platform: Platform, survivor: str) -> None:
+    job = platform.invoke(platform.task("1"), platform.task("2"))
+    assert 1 == len(list(marked(survivor)))
+    result = platform.result("1")
+    assert (0, 1, SURVIVORS) == (
+        job.code,
+        result["return_code"],
+        result["user_safe_error_message"],
+    )
+    assert ["out/1/.sagemaker_shim/inference_result.json"] == platform.keys("out/")
+    assert SURVIVORS in job.texts(internal=False, level="ERROR")
+    (pid,) = marked(survivor)
+    assert f"{SURVIVORS}: at least 1, with the pids {pid}" in job.texts(internal=True)
+
+
+@needs_root
+def test_who_cannot_be_ended_ends_the_server(platform: Platform, survivor: str) -> None:
+    with serving(platform) as server:
+        status, result = server.invoke(platform.task())
+        assert (200, SURVIVORS) == (status, result["user_safe_error_message"])
+        poll(lambda: server.process.poll() is not None, seconds=20)
+        assert 0 == finish(server.process).code
+
+
+@pytest.fixture(params=range(1, 7))
+def crowded(platform: Platform, request: pytest.FixtureRequest) -> Iterator[Platform]:
+    """A platform whose shim may have but a few processes and threads, with all that it starts."""
+    limit = request.param + (0 if IS_PYTHON else 3)  # the packaging's own processes
+    cgroup = Path("/sys/fs/cgroup/pids", f"shim-test-{os.getpid()}-{limit}")
+    try:
+        cgroup.mkdir()
+        (cgroup / "pids.max").write_text(str(limit))
+    except OSError:
+        pytest.skip("needs the cgroup v1 of pids, and the right to use it")
+    platform.wrapper = ["sh", "-c", f'echo $$ >{cgroup}/cgroup.procs; exec "$@"', "sh"]
+    yield platform
+    poll(lambda: not (cgroup / "cgroup.procs").read_text())
+    cgroup.rmdir()
+
+
+@needs_root
+def test_a_task_without_room_for_processes_runs_or_says_so(crowded: Platform) -> None:
+    crowded.put("in/x")
+    crowded.set(USER=str(UNPRIVILEGED_UID))
+    crowded.command("/bin/true")
+    job = crowded.invoke(crowded.task(inputs=[("x", "in/x")]))
+    result = crowded.result()
+    message = result["user_safe_error_message"]
+    assert (0, True) == (job.code, "no room for another process" in message or not message)
+    assert (result["return_code"] == 0) == (message == "")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
