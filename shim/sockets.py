@@ -78,9 +78,7 @@ def _find_rows(connection: Connection) -> Iterator[list[bytes]]:
 
 def _format(end: tuple[str, int], form: str) -> str:
     (v4,) = struct.unpack("=I", socket.inet_aton(end[0]))
-    address = form.format(
-        v4=f"{v4:08X}", zero="0" * 8, mapped=f"{socket.htonl(0xFFFF):08X}"
-    )
+    address = form.format(v4=f"{v4:08X}", zero="0" * 8, mapped=f"{socket.htonl(0xFFFF):08X}")
     return f"{address}:{end[1]:04X}"
 
 

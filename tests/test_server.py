@@ -342,7 +342,9 @@ def test_contract(
 def test_what_was_found_is_cut_to_200_characters(
     service: Service, found: object, shown: object
 ) -> None:
-    service.application.outcome = InvalidTasks([Problem(loc=(), type="t", message="m", input=found)])
+    service.application.outcome = InvalidTasks(
+        [Problem(loc=(), type="t", message="m", input=found)]
+    )
     response = service.ask(post())
     assert [{"type": "t", "loc": ["body"], "msg": "m", "input": shown}] == response.detail
 
