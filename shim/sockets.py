@@ -3,7 +3,7 @@
 proc(5), /proc/net/tcp; an address is four bytes as one number of this machine, tcp6 has four such:
 
     sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
-     0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12345 ...
+     0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12345
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _is_ours(host: str) -> bool:
 
 
 def _find_descendants() -> Iterator[int]:
-    """Yield the processes below us that are not of our session: the command, and what it started."""
+    """Yield the processes below us in other sessions than ours: the command and what it started."""
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         with suppress(OSError, ValueError):  # no process, or one that is gone

@@ -224,8 +224,8 @@ def test_deep_nesting_harms_no_thread_with_a_small_stack(decode: Decode) -> None
 
 
 NOT_JSON = st.lists(
-    st.sampled_from(["[", "]", "{", "}", '"', ",", ":", "\\", " ", "a", "1", "-", ".5", "e9", "true",
-                     "null", "NaN", '"a"', '"a":', "\n", "\t", '"\\u00e9"', "\u00e9"]),
+    st.sampled_from(["[", "]", "{", "}", '"', ",", ":", "\\", " ", "a", "1", "-", ".5", "e9",
+                     "true", "null", "NaN", '"a"', '"a":', "\n", "\t", '"\\u00e9"', "\u00e9"]),
     max_size=12,
 ).map("".join)  # fmt: skip
 

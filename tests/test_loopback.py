@@ -120,7 +120,7 @@ def test_an_answer_ends_with_its_last_byte(parts: tuple[bytes, bytes]) -> None:
 @pytest.mark.parametrize(
     "answer",
     [b"".join(parts) for parts in WHOLE.values()]
-    + [b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n"],
+    + [b"HTTP/1.1 204 No\r\n\r\n", b"HTTP/1.1 304 Same\r\nContent-Length: 9\r\n\r\n"],
     ids=[*WHOLE, "204", "304"],
 )  # fmt: skip
 def test_a_connection_that_stays_open_is_not_waited_for(answer: bytes) -> None:

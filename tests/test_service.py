@@ -26,6 +26,7 @@ from tests.support import UNPRIVILEGED_UID, needs_root, poll
 
 ASKER = Path(__file__).parent / "data/asker.py"
 TASK = {"pk": "t", "inputs": [], "output_bucket_name": "b", "output_prefix": "p"}
+BODY = json.dumps(TASK)
 SOMEBODY_UID = 4321
 
 
@@ -53,9 +54,7 @@ class Serving:
     log: Path
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def start(
-        self, uid: int, manner: str, *more: str, body: str = json.dumps(TASK)
-    ) -> subprocess.Popen[str]:
+    def start(self, uid: int, manner: str, *more: str, body: str = BODY) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [PYTHON, str(ASKER), str(self.port), body, manner, *more],
             user=uid,
@@ -69,7 +68,7 @@ class Serving:
         self.processes.append(process)
         return process
 
-    def ask(self, uid: int, manner: str = "plain", body: str = json.dumps(TASK)) -> str:
+    def ask(self, uid: int, manner: str = "plain", body: str = BODY) -> str:
         """Return the status that a process of the user got."""
         process = self.start(uid, manner, body=body)
         stdout, stderr = process.communicate(timeout=60)
@@ -104,7 +103,7 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
     fd = os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     log = Log(stdout_fd=fd, stderr_fd=fd)
     runner = FakeRunner()
-    service = Service(runner=runner, log=log, command_uid=UNPRIVILEGED_UID)  # type: ignore[arg-type]
+    service = Service(runner=runner, log=log, command_uid=UNPRIVILEGED_UID)
     service.open()
     server = build_server(address=("0.0.0.0", 0), application=service, log=log)
     thread = threading.Thread(target=server.serve_forever)
