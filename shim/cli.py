@@ -322,10 +322,11 @@ def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: 
 def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Answer SageMaker until a signal comes or the container is unhealthy."""
     from shim.server import build_server
-    from shim.service import Service
+    from shim.service import Service, resolve_command_uid
 
     job = Job(environ=environ, stop=stop, title="Starting the model server")
-    service = Service(runner=job.runner, log=job.log)
+    uid = resolve_command_uid(job.settings.user)
+    service = Service(runner=job.runner, log=job.log, command_uid=uid)
     try:
         server = build_server(
             address=(SERVE_HOST, arguments.port), application=service, log=job.log

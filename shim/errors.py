@@ -5,11 +5,15 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 # What pydantic puts before the sentence of a validator.
 VALUE_ERROR = "Value error, "
 # Types of problems whose message needs no look at the input.
 _SAYS_IT_ALL = {"json_invalid", "missing", "setting_invalid"}
+
+# A document may have millions of them, and each is to be read by somebody.
+MAX_PROBLEMS = 100
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
@@ -54,15 +58,18 @@ class Problem:
 
 
 class InvalidFields(ShimError):
-    """A document from outside is not valid; every problem is listed, one a line."""
+    """A document from outside is not valid; its first MAX_PROBLEMS are listed, one a line."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+        self.problems = tuple(islice(problems, MAX_PROBLEMS))
+        lines = [str(problem) for problem in self.problems]
+        if len(lines) == MAX_PROBLEMS:
+            lines.append(f"No more than {MAX_PROBLEMS} problems are listed")
+        super().__init__("\n".join(lines))
 
 
-class NotUtf8(InvalidFields):
-    """A JSON document is not UTF-8."""
+class NotText(InvalidFields):
+    """A JSON document is no Unicode text."""
 
 
 class InvalidSettings(InvalidFields):

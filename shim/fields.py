@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, islice
+from json.decoder import JSONArray, JSONObject  # type: ignore[attr-defined]  # undocumented
 from types import MappingProxyType
 
 from shim.durations import parse_duration
-from shim.errors import VALUE_ERROR, InvalidFields, NotUtf8, Problem
+from shim.errors import MAX_PROBLEMS, VALUE_ERROR, InvalidFields, NotText, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 # pydantic's own limit. The parser of json recurses in C, and threads have small stacks.
 MAX_NESTING = 200
+# Searching a text of millions takes hours.
+MAX_DURATION_CHARACTERS = 200
+_TOO_DEEP = f"nested more than {MAX_NESTING} deep"
 _NOT_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[^][{}"]++', re.DOTALL)
 _DEEPER = {"[": 1, "{": 1, "]": -1, "}": -1, '"': 0}
 
@@ -47,23 +52,84 @@ def refusal(
 
 
 def decode_json(body: bytes) -> object:
-    """Decode JSON as RFC 8259 has it: UTF-8, no NaN or Infinity, nested at most 200 deep.
+    """Decode JSON as json.loads does, but without NaN and Infinity, nested at most 200 deep.
 
-    Raises NotUtf8, or InvalidFields with one problem of type `json_invalid`.
+    Raises NotText, or InvalidFields with one problem of type `json_invalid`.
     """
+    return _decode(body, _loads)
+
+
+def decode_json_within(body: bytes, *, max_values: int) -> object:
+    """Decode JSON as decode_json does, in bounded memory and without keeping other threads waiting.
+
+    A value is counted before it is made. The parser of json holds the interpreter's lock for as
+    long as it works; of this one, only strings and numbers are read in one go.
+
+    Raises what decode_json raises.
+    """
+    return _decode(body, partial(_loads_within, max_values=max_values))
+
+
+def _decode(body: bytes, loads: Callable[[str], object]) -> object:
+    encoding = json.detect_encoding(body)
     try:
-        text = body.decode()
+        text = body.decode(encoding, "surrogatepass")
     except UnicodeDecodeError as error:
-        message = f"Invalid JSON: not UTF-8, {error.reason} at byte {error.start}"
-        raise NotUtf8([Problem(loc=(), type="json_invalid", message=message)]) from error
+        name = encoding.removesuffix("-sig").upper()
+        message = f"Invalid JSON: not {name}, {error.reason} at byte {error.start}"
+        raise NotText([Problem(loc=(), type="json_invalid", message=message)]) from error
     try:
-        brackets = _NOT_BRACKETS.sub("", text)
-        if max(accumulate(map(_DEEPER.__getitem__, brackets)), default=0) > MAX_NESTING:
-            raise ValueError(f"nested more than {MAX_NESTING} deep")
-        return json.loads(text, parse_constant=_refuse_constant)
+        return loads(text)
     except ValueError as error:
         message = f"Invalid JSON: {error}"
         raise InvalidFields([Problem(loc=(), type="json_invalid", message=message)]) from error
+
+
+def _loads(text: str) -> object:
+    brackets = _NOT_BRACKETS.sub("", text)
+    if max(accumulate(map(_DEEPER.__getitem__, brackets)), default=0) > MAX_NESTING:
+        raise ValueError(_TOO_DEEP)
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _loads_within(text: str, *, max_values: int) -> object:
+    decoder: Any = json.JSONDecoder(parse_constant=_refuse_constant)
+    scan_scalar: Callable[[str, int], tuple[object, int]] = decoder.scan_once
+    names: dict[str, str] = {}
+    values = depth = 0
+
+    def scan(text: str, index: int) -> tuple[object, int]:
+        """Take the place of json's own parser, which calls the same two for what nests."""
+        nonlocal values, depth
+        values += 1
+        if values > max_values:
+            raise ValueError(f"more than {max_values:,} values")
+        first = text[index : index + 1]
+        if first not in ("[", "{"):
+            return scan_scalar(text, index)
+        depth += 1
+        if depth > MAX_NESTING:
+            raise ValueError(_TOO_DEEP)
+        start = (text, index + 1)
+        found: tuple[object, int] = (
+            JSONArray(start, scan)
+            if first == "["
+            else JSONObject(start, True, scan, None, _build_dict, names)
+        )
+        depth -= 1
+        return found
+
+    decoder.scan_once = scan
+    try:
+        value: object = decoder.decode(text)
+        return value
+    finally:
+        names.clear()  # scan refers to itself, and so would keep them for a while
+
+
+def _build_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # Not dict(pairs): half a million of them would keep the other threads waiting.
+    return {name: value for name, value in pairs}  # noqa: C416
 
 
 def _refuse_constant(name: str) -> object:
@@ -99,6 +165,8 @@ def boolean(value: object) -> bool:
 def duration(value: object) -> timedelta:
     """Accept what parse_duration accepts."""
     try:
+        if isinstance(value, str) and len(value) > MAX_DURATION_CHARACTERS:
+            raise ValueError(f"no text of more than {MAX_DURATION_CHARACTERS} characters")
         return parse_duration(value)
     except (TypeError, ValueError) as error:
         raise refusal(
@@ -138,7 +206,7 @@ def items(
     if not isinstance(value, list):
         raise refusal(value, "Input should be a valid array", type="list_type")
     parsed, problems = _parse_each((index, parser, item) for index, item in enumerate(value))
-    for error in check(parsed):
+    for error in islice(check(parsed), MAX_PROBLEMS):
         problems.extend(error.problems)
     if problems:
         raise InvalidFields(problems)
@@ -155,6 +223,8 @@ def _parse_each(
             parsed[key] = parser(value)
         except InvalidFields as error:
             problems.extend(replace(found, loc=(key, *found.loc)) for found in error.problems)
+            if len(problems) >= MAX_PROBLEMS:
+                break
     return parsed, problems
 
 

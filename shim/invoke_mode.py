@@ -13,6 +13,7 @@ from shim.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
 from shim.modes import TIME_LIMIT_MESSAGE, BaseMode, Outcome, read_ending, refuse_time_limit
 from shim.process import Process
 from shim.relay import Relay
+from shim.sockets import find_listening_ports
 from shim.tasks import InferenceTask
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"
@@ -21,8 +22,10 @@ HTTP_MESSAGE = "HTTP error calling invoke endpoint"
 HEALTH_MESSAGE = (
     "The algorithm container's inference server didn\u2019t pass the health check within {} "
     "seconds or the /health endpoint took to long to respond ({} seconds per call). "
-    "Verify that the container starts correctly and that /health responds quickly."
+    "Verify that the container starts correctly and that /health responds quickly. "
+    "It is expected to listen on port {}{}."
 )
+STATUS_MESSAGE = "Invoke endpoint returned status {}, expected {}"
 HEALTHY_STATUS = 200
 INVOKED_STATUS = 201
 FIRST_POLL_SECONDS = 0.05
@@ -43,20 +46,16 @@ class InvokeMode(BaseMode):
             self._process, self._relay = self._start(None)
             self._await_health(self._process)
         except TimeoutError as error:
+            message = self._explain_health()
             self.teardown()
-            raise UserSafeError(
-                HEALTH_MESSAGE.format(
-                    f"{self._settings.start_and_health_timeout.total_seconds():.0f}",
-                    f"{self._settings.health_check_call_timeout.total_seconds():.0f}",
-                )
-            ) from error
+            raise UserSafeError(message) from error
         except UserSafeError as error:
             self._tell_death(f"Could not start server: {error}", task=None)
             self.teardown()
             raise UserSafeError(START_MESSAGE) from error
 
     def run(self, task: InferenceTask) -> Outcome:
-        """Ask the server to do the task; 201 says that it has."""
+        """Ask the server to do the task; a whole answer of 201 says that it has."""
         if task.timeout is not None and task.timeout <= timedelta(0):
             return refuse_time_limit(self._log, task)
         assert self._process is not None and self._relay is not None
@@ -91,6 +90,17 @@ class InvokeMode(BaseMode):
         if self._process is not None and self._relay is not None:
             self._end(self._process, self._relay)
             self._process = None
+
+    def _explain_health(self) -> str:
+        """Return what the author is told of a server that did not become healthy in time."""
+        port = self._settings.user_webserver_port
+        others = [str(found) for found in find_listening_ports() if found != port]
+        return HEALTH_MESSAGE.format(
+            f"{self._settings.start_and_health_timeout.total_seconds():.0f}",
+            f"{self._settings.health_check_call_timeout.total_seconds():.0f}",
+            port,
+            f"; the command listens on {', '.join(others)}" if others else "",
+        )
 
     def _await_health(self, process: Process) -> None:
         """Poll until 200. Raises TimeoutError, or UserSafeError when it will never be healthy."""
@@ -146,11 +156,9 @@ class InvokeMode(BaseMode):
             return 1, message, not has_ended and message != CONNECT_MESSAGE
         if status == INVOKED_STATUS:
             return 0, "", True
-        self._log.error(
-            f"Invoke endpoint returned status {status}, expected {INVOKED_STATUS}",
-            internal=False,
-            task=task.pk,
-        )
+        assert self._relay is not None
+        self._relay.flush()  # what the author's own code says of it comes first
+        self._log.error(STATUS_MESSAGE.format(status, INVOKED_STATUS), internal=False, task=task.pk)
         return 1, "", True
 
     def _is_abandoned(self) -> bool:

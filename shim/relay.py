@@ -81,7 +81,8 @@ class Relay:
     def last_stderr_lines(self) -> tuple[str, ...]:
         """The last 100 lines of stderr, ended by newlines only, each with its own.
 
-        A last line without one comes as it is. MAX_KEPT_CHARACTERS are kept of a longer line.
+        A last line without one comes as it is. Of a longer line the last MAX_KEPT_CHARACTERS are
+        kept: what an exception says stands at its end.
         """
         with self._lock:
             return self._kept.lines()
@@ -237,7 +238,7 @@ class _KeptLines:
         if newline:  # of lines that need not be kept
             self._unfinished = ""
         *complete, self._unfinished = (
-            line[:MAX_KEPT_CHARACTERS] for line in [self._unfinished + first, *others]
+            line[-MAX_KEPT_CHARACTERS:] for line in [self._unfinished + first, *others]
         )
         self._lines.extend(line + "\n" for line in complete)
 

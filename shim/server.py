@@ -7,7 +7,9 @@ Rule 2: a client may take so many bytes and so many seconds, in total, for each 
 Rule 3: a request is received whole before it is acted upon; the connection of one that is refused
         earlier is closed, since nobody knows where the next request would begin.
 Rule 4: once begun, an invocation does not depend on its client.
-Rule 5: the standard streams belong to the log.
+Rule 5: the algorithm is not served: whose an invocation's client is, is asked before its body is
+        received, and by the application once more before the task begins.
+Rule 6: the standard streams belong to the log.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
 
-from shim.errors import InvalidTasks, NotUtf8, Problem, ShimError
+from shim.errors import InvalidTasks, NotText, Problem, ShimError, TaskStopped
+from shim.sockets import Connection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ else:
 EXECUTION_PARAMETERS = (
     b'{"MaxConcurrentTransforms":1,"BatchStrategy":"SINGLE_RECORD","MaxPayloadInMB":6}'
 )
+INVOCATIONS = "/invocations"
+# Of what was found where a task is not valid.
+INPUT_LIMIT_CHARACTERS = 200
 CHUNK_LINE_LIMIT_BYTES = 256
 RETRY_AFTER_SECONDS = 5
 STACK_BYTES = 512 * 1024
@@ -64,13 +70,20 @@ class Unhealthy(ShimError):
     """No task can be run, now or later."""
 
 
+class Forbidden(ShimError):
+    """This client may not ask for tasks; str() says why."""
+
+
 class Application(Protocol):
     """What is served. Its methods are called from many threads at once."""
 
     def is_healthy(self) -> bool:
         """Say what `/ping` answers; must not block."""
 
-    def invoke(self, body: bytes) -> bytes:
+    def check_client(self, connection: Connection) -> None:
+        """Raise Forbidden for a client that may not ask for tasks."""
+
+    def invoke(self, body: bytes, connection: Connection) -> bytes:
         """Do the task of a request body; return its result as JSON.
 
         May raise any of ANSWERS' errors.
@@ -144,18 +157,33 @@ def _describe(problem: Problem) -> dict[str, object]:
         "type": problem.type,
         "loc": ["body", *problem.loc],
         "msg": problem.message,
-        "input": problem.input,
+        "input": _shorten(problem.input),
     }
+
+
+def _shorten(value: object) -> object:
+    """Return a value or, where it is long, the first characters of a text or of its JSON."""
+    if isinstance(value, str):
+        return value[:INPUT_LIMIT_CHARACTERS]
+    text = ""
+    # In parts: it may be all of a body.
+    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        text += part[: INPUT_LIMIT_CHARACTERS + 1]
+        if len(text) > INPUT_LIMIT_CHARACTERS:
+            return text[:INPUT_LIMIT_CHARACTERS]
+    return value
 
 
 # The first that fits.
 ANSWERS: dict[type[Exception], Callable[[Any], Answer]] = {
     InvalidTasks: lambda error: _detail(422, [_describe(problem) for problem in error.problems]),
-    NotUtf8: lambda error: _detail(400, "There was an error parsing the body"),
+    NotText: lambda error: _detail(400, "There was an error parsing the body"),
     Busy: lambda error: _detail(
         503, "Another task is running", ("Retry-After", str(RETRY_AFTER_SECONDS))
     ),
     Unhealthy: lambda error: Answer(status=503),
+    Forbidden: lambda error: _detail(403, str(error)),
+    TaskStopped: lambda error: _detail(503, str(error)),
     Exception: lambda error: _detail(500, "An unexpected error occurred"),
 }
 
@@ -225,6 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
             length = self._body_length()
             self._is_unread = length != 0
             act = self._find_route()
+            if act is ROUTES[INVOCATIONS][1]:
+                self._check_client()
             body = self._receive_body(length)
         except _Refused as refused:
             self._answer(refused.answer)
@@ -287,6 +317,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(405, "", ("Allow", method))
         return act
 
+    def _check_client(self) -> None:
+        try:
+            self.server.application.check_client(self._ends())
+        except Forbidden as error:
+            raise _Refused(403, str(error)) from error
+
+    def _ends(self) -> Connection:
+        return Connection(client=self.client_address, server=self.connection.getsockname())
+
     def _receive_body(self, length: int | None) -> bytes:
         if length is not None and length > self.limits.body_bytes:
             raise _Refused(413)
@@ -348,7 +387,8 @@ class _Handler(BaseHTTPRequestHandler):
     def invoke(self, body: bytes) -> None:
         """Answer POST /invocations."""
         try:
-            answer = Answer(status=200, body=self.server.application.invoke(body))
+            result = self.server.application.invoke(body, self._ends())
+            answer = Answer(status=200, body=result)
         except Exception as error:
             answer = _answer_to(error)
             if answer.status == 500 and not isinstance(error, ShimError):  # those are told already
@@ -399,6 +439,9 @@ class _HurriedHandler(_Handler):
         self.close_connection = True
         return is_request
 
+    def _check_client(self) -> None:
+        """Nothing begins here, whoever asks."""
+
     def invoke(self, body: bytes) -> None:
         self._answer(_answer_to(Busy()))
 
@@ -406,7 +449,7 @@ class _HurriedHandler(_Handler):
 ROUTES: dict[str, tuple[str, Callable[[_Handler, bytes], None]]] = {
     "/ping": ("GET", lambda handler, body: handler.ping()),
     "/execution-parameters": ("GET", lambda handler, body: handler.execution_parameters()),
-    "/invocations": ("POST", lambda handler, body: handler.invoke(body)),
+    INVOCATIONS: ("POST", lambda handler, body: handler.invoke(body)),
 }
 
 

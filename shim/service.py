@@ -5,19 +5,36 @@ from __future__ import annotations
 import os
 import threading
 
+from shim.errors import UserSafeError
 from shim.logs import Log
 from shim.runner import Runner
-from shim.server import Busy, Unhealthy
+from shim.server import Busy, Forbidden, Unhealthy
+from shim.sockets import Connection, find_client
 from shim.tasks import parse_task
+from shim.users import resolve_user
 
+FORBIDDEN_MESSAGE = "An algorithm may not ask for tasks itself"
 UNHEALTHY_MESSAGE = "Container unhealthy, terminating process"
 
 
-class Service:
-    """Answer invocations with a runner once set-up has succeeded."""
+def resolve_command_uid(user: str) -> int | None:
+    """Return the uid of the image's command; None where it is ours, or root's, or nobody's."""
+    try:
+        uid = resolve_user(user).uid
+    except UserSafeError:  # such a command never starts
+        return None
+    return None if uid in (0, os.geteuid()) else uid
 
-    def __init__(self, *, runner: Runner, log: Log) -> None:
+
+class Service:
+    """Answer invocations with a runner once set-up has succeeded.
+
+    - command_uid: whose clients in our network namespace are refused; None where it is ours
+    """
+
+    def __init__(self, *, runner: Runner, log: Log, command_uid: int | None = None) -> None:
         self._runner = runner
+        self._command_uid = command_uid
         self._log = log
         self._is_ready = False
         self._running = threading.Lock()
@@ -30,19 +47,40 @@ class Service:
     def is_healthy(self) -> bool:
         return self._is_ready and self._runner.is_healthy
 
-    def invoke(self, body: bytes) -> bytes:
+    def check_client(self, connection: Connection) -> None:
+        """Refuse the algorithm, and who may have been it: a socket here that nobody has any more.
+
+        Raises Forbidden.
+        """
+        if self._command_uid is None:
+            return
+        client = find_client(connection)
+        if client.is_local and client.uid in (None, self._command_uid):
+            host, port = connection.client
+            owner = "nobody any more" if client.uid is None else f"uid {client.uid}"
+            self._log.error(
+                f"{FORBIDDEN_MESSAGE}: an invocation from {host}:{port}, the socket of {owner}, "
+                "was refused",
+                internal=False,
+            )
+            raise Forbidden(FORBIDDEN_MESSAGE)
+
+    def invoke(self, body: bytes, connection: Connection) -> bytes:
         """Run the task that body describes and return its result.
 
-        Raises Unhealthy, InvalidTasks, Busy while another task runs, and what run_task raises.
+        Raises Unhealthy, InvalidTasks, Forbidden, Busy while another task runs, and what run_task
+        raises.
         """
         if not self.is_healthy():
             raise Unhealthy
-        task = parse_task(body)
+        # Parsing too: the largest body takes seconds, and some hundred MiB.
         if not self._running.acquire(blocking=False):
             raise Busy
         try:
             if not self.is_healthy():
                 raise Unhealthy
+            task = parse_task(body)
+            self.check_client(connection)
             return self._runner.run_task(task).to_json()
         finally:
             self._running.release()

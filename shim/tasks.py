@@ -16,23 +16,38 @@ from pathlib import PurePosixPath
 
 from shim import __version__
 from shim.durations import format_duration
-from shim.errors import InvalidFields, InvalidTasks, NotUtf8, Problem
-from shim.fields import boolean, decode_json, duration, items, members, refusal, text
+from shim.errors import InvalidFields, InvalidTasks, NotText, Problem
+from shim.fields import (
+    boolean,
+    decode_json,
+    decode_json_within,
+    duration,
+    items,
+    members,
+    refusal,
+    text,
+)
 from shim.s3.uri import is_bucket_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+_MAX_PATH_BYTES = 4096  # PATH_MAX
 # `{pk}-input` names a directory, and names have at most 255 bytes.
 _MAX_PK_BYTES = 249
+# A body of 6 MiB, the most that SageMaker sends, has no room for a task with more.
+_MAX_TASK_VALUES = 500_000
 SIGNATURE_METADATA = "signature_hmac_sha256"
 
 _UNSAFE_PK = (
     "The pk names a directory: it cannot be blank, . or .., nor hold / or NUL, "
     "nor have more than 249 bytes"
 )
-_UNSAFE_PATH = "The path must be relative and name something inside the input directory, without .."
+_UNSAFE_PATH = (
+    "The path must be relative and name something inside the input directory, without .., "
+    "in at most 4,096 bytes"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,10 +134,10 @@ def sign(body: bytes, key: bytes) -> str:
 
 
 def parse_task(body: bytes) -> InferenceTask:
-    """Parse one task, as `serve` gets it. Raises NotUtf8, else InvalidTasks with every problem."""
+    """Parse one task, as `serve` gets it. Raises NotText, else InvalidTasks with every problem."""
     try:
-        return _task(decode_json(body))
-    except NotUtf8:
+        return _task(decode_json_within(body, max_values=_MAX_TASK_VALUES))
+    except NotText:
         raise
     except InvalidFields as error:
         raise InvalidTasks(error.problems) from error
@@ -220,6 +235,8 @@ def _relative_path(value: object) -> str:
     if not isinstance(value, str):
         raise refusal(value, "Input is not a valid path", type="path_type")
     path = text(value)
+    if len(path.encode()) > _MAX_PATH_BYTES:
+        raise refusal(value, _UNSAFE_PATH)
     if value == "" or not (is_safe_relative_path(path) or str(PurePosixPath(path)) == "."):
         raise refusal(value, _UNSAFE_PATH)
     return str(PurePosixPath(path))
@@ -267,12 +284,18 @@ def _overlaps(inputs: Mapping[int, InferenceIO]) -> Iterator[InvalidFields]:
         if not io.decompress and not io.is_prefix:
             files.setdefault(io.relative_path, index)
     for index, io in inputs.items():
-        path = PurePosixPath(io.relative_path)
-        # An archive is unpacked beside its path, which it leaves free.
-        places = path.parents if io.decompress else (path, *path.parents)
-        others = (files.get(str(place), index) for place in places)
+        others = (files.get(place, index) for place in _places(io))
         other = next((other for other in others if other != index), None)
         if other is not None:
             uri = f"s3://{inputs[other].bucket_name}/{inputs[other].bucket_key}"
             message = f"The path is, or lies inside, the file of inputs[{other}], {uri}"
             yield refusal(io.relative_path, message, loc=(index, "relative_path"))
+
+
+def _places(io: InferenceIO) -> Iterator[str]:
+    """Yield the path of an input and the directories above it."""
+    path = io.relative_path
+    if not io.decompress:  # an archive is unpacked beside its path, which it leaves free
+        yield path
+    while path := path.rpartition("/")[0]:
+        yield path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,6 +65,158 @@ def send(*parts: bytes) -> Callable[[socket.socket], None]:
 def test_the_status_is_returned(answer: list[bytes], status: int) -> None:
     with serving(send(*answer)) as (port, _):
         assert status == ask(port)
+
+
+CREATED = b"HTTP/1.1 201 Created\r\n"
+CHUNKED = CREATED + b"Transfer-Encoding: chunked\r\n\r\n"
+SIZED = CREATED + b"Content-Length: 10\r\n\r\n"
+
+# The head with the beginning of a body, and its rest. Together they are a whole answer, which may
+# end with the connection or before it.
+WHOLE = {
+    "length": (SIZED + b"01234", b"56789"),
+    "length of megabytes": (
+        CREATED + b"content-length:  9000000\r\n\r\n{",
+        b"x" * 8_999_998 + b"}",
+    ),
+    "same length twice": (SIZED[:-2] + b"Content-Length: 10\r\n\r\n0", b"123456789"),
+    "chunks": (CHUNKED + b"1\r\n \r\n", b"A;x=y\r\n0123456789\r\n0\r\n\r\n"),
+    "chunks with trailers": (CHUNKED, b"0\r\nA: b\r\nC: d\r\n\r\n"),
+    "chunks, whatever the length": (SIZED[:-2] + CHUNKED[22:] + b"1", b"\r\na\r\n0\r\n\r\n"),
+    "bare newlines": (CHUNKED.replace(b"\r", b"") + b"1\n", b"a\n0\n\n"),
+    "an error with a text": (
+        b"HTTP/1.1 500 Oh\r\nContent-Length: 9\r\n\r\nTrace",
+        b"back",
+    ),
+    "after informational ones": (
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nA: b\r\n\r\n" + SIZED,
+        b"0123456789",
+    ),
+}
+TO_THE_CLOSE = {
+    "until the close": (CREATED + b"\r\nhello", b" again"),
+    "HTTP/1.0": (b"HTTP/1.0 201 Created\r\nContent-Type: text/plain\r\n\r\n", b"x" * 100_000),
+    "another coding": (CREATED + b"Transfer-Encoding: gzip\r\n\r\n", b"\x1f\x8b"),
+}
+
+
+@pytest.mark.parametrize(
+    "parts", [*WHOLE.values(), *TO_THE_CLOSE.values()], ids=[*WHOLE, *TO_THE_CLOSE]
+)
+def test_an_answer_ends_with_its_last_byte(parts: tuple[bytes, bytes]) -> None:
+    worked: list[float] = []
+
+    def work(connection: socket.socket) -> None:
+        connection.sendall(parts[0])
+        time.sleep(0.3)
+        worked.append(time.monotonic())
+        connection.sendall(parts[1])
+
+    with serving(work) as (port, _):
+        assert ask(port) == (500 if b" 500 " in parts[0] else 201)
+        assert worked and worked[0] <= time.monotonic()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"".join(parts) for parts in WHOLE.values()]
+    + [b"HTTP/1.1 204 No\r\n\r\n", b"HTTP/1.1 304 Same\r\nContent-Length: 9\r\n\r\n"],
+    ids=[*WHOLE, "204", "304"],
+)  # fmt: skip
+def test_a_connection_that_stays_open_is_not_waited_for(answer: bytes) -> None:
+    release = threading.Event()
+
+    def stay(connection: socket.socket) -> None:
+        connection.sendall(answer)
+        release.wait(10)
+
+    with serving(stay) as (port, _):
+        began = time.monotonic()
+        assert ask(port, timeout_seconds=8) in (201, 204, 304, 500)
+        assert time.monotonic() - began < 5
+        release.set()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        SIZED + b"012345678",
+        SIZED,
+        CHUNKED,
+        CHUNKED + b"5\r\nabc",
+        CHUNKED + b"3\r\nabc",
+        CHUNKED + b"3\r\nabc\r\n",
+        CHUNKED + b"3\r\nabc\r\n0\r\n",
+        CHUNKED + b"3\r\nabcd\r\n0\r\n\r\n",
+        CHUNKED + b"x\r\n",
+        CHUNKED + b"-1\r\n",
+        CHUNKED + b"1" * 100_000,
+        CHUNKED + b"0\r\n" + b"A: b\r\n" * 100_000,
+        CREATED + b"Content-Length: x\r\n\r\n",
+        CREATED + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"HTTP/1.1 500 Oh\r\nContent-Length: 9\r\n\r\nTrace",
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+    ],
+)
+def test_an_answer_that_breaks_off_is_broken(answer: bytes) -> None:
+    with serving(send(answer)) as (port, _), pytest.raises(BrokenAnswer):
+        ask(port)
+
+
+def test_a_reset_in_the_middle_is_a_broken_answer() -> None:
+    def reset(connection: socket.socket) -> None:
+        connection.sendall(CREATED + b"\r\nhello")
+        time.sleep(0.2)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with serving(reset) as (port, _), pytest.raises(BrokenAnswer, match="connection was lost"):
+        ask(port)
+
+
+ENDLESS = {
+    "chunks": (CHUNKED, b"1\r\na\r\n"),
+    "a length": (CREATED + b"Content-Length: 9999999999999999999\r\n\r\n", b"x" * 65_536),
+    "until the close": (CREATED + b"\r\n", b"x"),
+    "informational": (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+}
+
+
+def send_for_ever(head: bytes, part: bytes) -> Callable[[socket.socket], None]:
+    def behave(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while True:
+            connection.sendall(part * (65_536 // len(part)))
+
+    return behave
+
+
+@pytest.mark.parametrize("parts", ENDLESS.values(), ids=ENDLESS)
+def test_the_time_limit_covers_the_body_in_bounded_memory(parts: tuple[bytes, bytes]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    with serving(send_for_ever(*parts)) as (port, _), pytest.raises(TimeoutError):
+        ask(port, timeout_seconds=0.5)
+    assert time.monotonic() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024
+
+
+@pytest.mark.parametrize("parts", ENDLESS.values(), ids=ENDLESS)
+def test_a_body_without_end_does_not_keep_who_gives_up(parts: tuple[bytes, bytes]) -> None:
+    began = time.monotonic()
+    with serving(send_for_ever(*parts)) as (port, _), pytest.raises(Abandoned):
+        ask(port, timeout_seconds=None, is_abandoned=lambda: time.monotonic() > began + 0.3)
+    assert time.monotonic() - began < 5
+
+
+def test_what_has_come_counts_although_nobody_waits_any_more() -> None:
+    sent = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(SIZED + b"0123456789")
+        sent.set()
+
+    with serving(answer) as (port, _):
+        assert 201 == ask(port, is_abandoned=lambda: sent.wait(5))
 
 
 def test_the_request_has_no_body() -> None:

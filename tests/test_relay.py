@@ -172,12 +172,13 @@ def test_long_line_goes_out_in_pieces_in_bounded_memory(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(200):
         os.write(writer, block)
+    os.write(writer, b"the end")
     os.close(writer)
     relay.finish()
     os.close(sink)
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown_kib < 16 * 1024
-    assert ("x" * MAX_KEPT_CHARACTERS,) == relay.last_stderr_lines
+    assert ("x" * (MAX_KEPT_CHARACTERS - 7) + "the end",) == relay.last_stderr_lines
 
 
 def test_no_character_of_a_long_line_is_lost(harness: Harness) -> None:
@@ -237,6 +238,28 @@ def test_kept_lines_do_not_depend_on_the_parts(parts: list[str]) -> None:
     lines = "".join(parts).split("\n")
     expected = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
     assert tuple(expected[-100:]) == kept.lines()
+
+
+FULL = MAX_KEPT_CHARACTERS
+UPDATES = "".join(f"\r{number}%" for number in range(2000))
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        pytest.param(["a" + "b" * FULL + "\nc\n"], ("b" * FULL + "\n", "c\n"), id="long"),
+        pytest.param(["a" * FULL, "b", "c\n"], ("a" * (FULL - 2) + "bc\n",), id="in parts"),
+        pytest.param(["a" * FULL, "", "b"], ("a" * (FULL - 1) + "b",), id="unfinished"),
+        pytest.param(["é" * FULL + "\n"], ("é" * FULL + "\n",), id="as long as allowed"),
+        pytest.param(["a\n", UPDATES, "\nb"], ("a\n", UPDATES + "\n", "b"), id="progress bar"),
+        pytest.param([UPDATES * 9 + "x\n"], ((UPDATES * 9 + "x")[-FULL:] + "\n",), id="long bar"),
+    ],
+)
+def test_the_end_of_a_long_line_is_kept(parts: list[str], expected: tuple[str, ...]) -> None:
+    kept = relay_module._KeptLines()
+    for part in parts:
+        kept.add(part)
+    assert expected == kept.lines()
 
 
 def test_a_new_task_gets_its_own_lines_only(harness: Harness) -> None:

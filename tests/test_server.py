@@ -21,9 +21,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shim.errors import InvalidTasks, NotUtf8, Problem
+from shim.errors import InvalidTasks, NotText, Problem, TaskStopped
 from shim.logs import Log
-from shim.server import Busy, Limits, Server, Unhealthy, build_server
+from shim.server import Busy, Forbidden, Limits, Server, Unhealthy, build_server
+from shim.sockets import Connection
 from shim.tasks import parse_task
 from tests.support import poll
 
@@ -42,13 +43,21 @@ class Application:
         self.gate.set()
         self.work: Callable[[threading.Event], object] = threading.Event.wait
         self.bodies: list[bytes] = []
+        self.clients: list[Connection] = []
+        self.is_forbidden = False
         self.finished = 0
         self.answers = 0
 
     def is_healthy(self) -> bool:
         return self.healthy
 
-    def invoke(self, body: bytes) -> bytes:
+    def check_client(self, connection: Connection) -> None:
+        self.clients.append(connection)
+        if self.is_forbidden:
+            raise Forbidden("Not you")
+
+    def invoke(self, body: bytes, connection: Connection) -> bytes:
+        assert connection in self.clients
         self.bodies.append(body)
         self.work(self.gate)
         self.finished += 1
@@ -210,7 +219,7 @@ CONTRACT = [
     ),
     pytest.param(
         post(b"\xff"),
-        NotUtf8([]),
+        NotText([]),
         400,
         b'{"detail":"There was an error parsing the body"}',
         {},
@@ -225,6 +234,14 @@ CONTRACT = [
         id="busy",
     ),
     pytest.param(post(), Unhealthy(), 503, b"", {}, id="unhealthy"),
+    pytest.param(
+        post(),
+        TaskStopped("The task was stopped before it finished"),
+        503,
+        b'{"detail":"The task was stopped before it finished"}',
+        {},
+        id="stopped",
+    ),
     pytest.param(
         post(),
         ZeroDivisionError("secret"),
@@ -308,6 +325,57 @@ def test_contract(
     assert (response.status, response.body) == (status, body)
     assert response.fields.pop("date").endswith(" GMT")
     assert response.fields == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        pytest.param("x" * 200, "x" * 200, id="text"),
+        pytest.param("é" * 201, "é" * 200, id="long-text"),
+        pytest.param([1, {"a": None}], [1, {"a": None}], id="list"),
+        pytest.param({"a": "x" * 1_000_000}, '{"a": "' + "x" * 193, id="text-in-an-object"),
+        pytest.param([[]] * 2_000_000, "[" + "[], " * 49 + "[], "[:3], id="long-list"),
+        pytest.param(int("9" * 4000), "9" * 200, id="long-number"),
+        pytest.param(json.loads("[" * 200 + "]" * 200), "[" * 200, id="deep-list"),
+    ],
+)
+def test_what_was_found_is_cut_to_200_characters(
+    service: Service, found: object, shown: object
+) -> None:
+    service.application.outcome = InvalidTasks(
+        [Problem(loc=(), type="t", message="m", input=found)]
+    )
+    response = service.ask(post())
+    assert [{"type": "t", "loc": ["body"], "msg": "m", "input": shown}] == response.detail
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [post(b"x" * 100_000), chunked(b"5\r\n"), post(b"{}", b"Expect: 100-continue\r\n")],
+    ids=["large", "unfinished", "expecting"],
+)
+def test_a_forbidden_client_is_refused_before_its_body(service: Service, request_: bytes) -> None:
+    service.application.is_forbidden = True
+    with service.connect() as connection:
+        ends = Connection(client=connection.getsockname(), server=connection.getpeername())
+        connection.sendall(request_)
+        response = receive(connection)
+    assert (403, "Not you", "close") == (
+        response.status,
+        response.detail,
+        response.fields["connection"],
+    )
+    assert [ends] == service.application.clients
+    assert [] == service.application.bodies
+    assert 200 == service.ask(PING).status
+
+
+def test_a_client_is_checked_for_each_request_of_its_connection(service: Service) -> None:
+    with service.connect() as connection:
+        connection.sendall(post() + PING + post())
+        connection.shutdown(socket.SHUT_WR)
+        assert [200] * 3 == statuses(receive_all(connection))
+    assert 2 == len(service.application.clients)
 
 
 def test_unhealthy_ping_is_503_and_empty(service: Service) -> None:

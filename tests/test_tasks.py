@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
 from shim import __version__
-from shim.errors import InvalidTasks, NotUtf8
+from shim.errors import InvalidTasks, NotText
 from shim.s3.uri import is_bucket_name
 from shim.tasks import (
     SIGNATURE_METADATA,
@@ -305,9 +305,16 @@ def test_a_list_that_is_not_json_is_refused(body: bytes) -> None:
         parse_tasks(body)
 
 
-def test_a_served_task_that_is_not_utf8_is_no_invalid_task() -> None:
-    with pytest.raises(NotUtf8):
-        parse_task(json.dumps(a_task()).encode("utf-16"))
+def test_a_served_task_that_is_no_text_is_no_invalid_task() -> None:
+    with pytest.raises(NotText):
+        parse_task(b'{"pk": "\xff"}')
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-le"])
+def test_tasks_are_read_in_every_encoding_that_json_knows(encoding: str) -> None:
+    task = a_task("\u00e9")
+    assert "\u00e9" == parse_task(json.dumps(task).encode(encoding)).pk
+    assert "\u00e9" == parse_tasks(json.dumps([task]).encode(encoding))[0].pk
 
 
 def test_a_served_task_is_refused_in_the_words_of_fastapi() -> None:
@@ -320,6 +327,33 @@ def test_a_served_task_is_refused_in_the_words_of_fastapi() -> None:
         (error["loc"], error["type"], error["msg"], error["input"])
         for error in theirs.value.errors()
     ] == [(p.loc, p.type, p.message, p.input) for p in ours.value.problems]
+
+
+def test_a_task_of_the_largest_body_is_read() -> None:
+    inputs = [
+        {"relative_path": f"d/{i}", "bucket_name": "b", "bucket_key": f"k/{i}"}
+        for i in range(60_000)
+    ]
+    body = json.dumps(a_task(inputs=inputs), separators=(",", ":")).encode()
+    assert 60_000 == len(parse_task(body).inputs)
+
+
+def test_a_list_may_hold_more_tasks_than_one_task_may_hold_values() -> None:
+    body = json.dumps([{**a_task(str(i)), "inputs": []} for i in range(101_000)]).encode()
+    assert 101_000 == len(parse_tasks(body))
+
+
+def test_no_more_than_100_problems_of_a_list_are_listed() -> None:
+    found = messages(*[{}] * 200)
+    assert 101 == len(found)
+    assert ("[0].pk: Field required", "[24].output_prefix: Field required") == (found[0], found[99])
+    assert "No more than 100 problems are listed" == found[100]
+
+
+def test_a_path_that_no_file_system_takes_is_refused() -> None:
+    assert parsed(a_task(inputs=[an_input(relative_path="a/" * 2000)]))
+    (message,) = messages(a_task(inputs=[an_input(relative_path="a/" * 3_000_000)]))
+    assert message.startswith("[0].inputs[0].relative_path: The path must be relative ")
 
 
 def test_files_are_read_as_one_list() -> None:

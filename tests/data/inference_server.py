@@ -3,9 +3,11 @@
 inference_server.py PORT OUTPUT [manner ...]
 """
 
+import http.client
 import os
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -27,6 +29,33 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    def stream(self):
+        """Send the status at once, then a heartbeat every 50 ms, and the outputs before the end."""
+        self.wfile.write(b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for number in range(10**9 if "stream-for-ever" in MANNERS else 10):
+            self.wfile.write(b"5\r\nbeat\n\r\n")
+            time.sleep(0.05)
+            if number == 5 and "break-off" in MANNERS:
+                return
+        with open(f"{OUTPUT}/result.json", "w") as file:
+            file.write("{}")
+        print("what failed", file=sys.stderr, flush=True)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def ask_for_tasks(self, port):
+        """Ask the shim for a task of one's own, as long as this server lives."""
+        body = b'{"pk":"mine","inputs":[],"output_bucket_name":"b","output_prefix":"p"}'
+        while True:
+            try:
+                client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+                client.request("POST", "/invocations", body)
+                print(f"got {client.getresponse().status}", flush=True)
+                client.request("GET", "/ping")
+                print(f"ping {client.getresponse().status}", flush=True)
+            except OSError:
+                pass
+            time.sleep(0.02)
+
     def do_GET(self):
         if "hang-health" in MANNERS:
             time.sleep(600)
@@ -45,11 +74,19 @@ class Handler(BaseHTTPRequestHandler):
         if "die" in MANNERS:
             print("last words", file=sys.stderr, flush=True)
             os._exit(9)
+        if "stream" in MANNERS:
+            return self.stream()
+        for manner in MANNERS:
+            if manner.startswith("attack=") and invocations == 1:
+                port = int(manner.partition("=")[2])
+                threading.Thread(target=self.ask_for_tasks, args=[port], daemon=True).start()
         with open(f"{OUTPUT}/n", "w") as file:
             file.write(str(invocations))
         if "lines" in MANNERS:
             sys.stderr.write("".join(f"line {i}\n" for i in range(1000)))
             sys.stderr.flush()
+        if "500" in MANNERS:
+            print("the reason", file=sys.stderr, flush=True)
         self.answer(500 if "500" in MANNERS else 201)
         if "die-after" in MANNERS:
             os._exit(9)
@@ -65,4 +102,4 @@ if "slow" in MANNERS:
 if "child" in MANNERS:
     subprocess.Popen(["setsid", "sleep", f"600.{PORT}"])
 print("started", flush=True)
-HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+HTTPServer(("127.0.0.1", PORT + ("other-port" in MANNERS)), Handler).serve_forever()

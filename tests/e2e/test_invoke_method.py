@@ -8,18 +8,21 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from shim.durations import parse_duration
 from tests.e2e.platform import ROOT, Finished, Platform, finish
 from tests.e2e.test_serve import serving
-from tests.support import free_port, poll
+from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
+from tests.test_service import PYTHON
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"
 
 
-def serve_tasks(platform: Platform, *manners: str) -> int:
+def serve_tasks(platform: Platform, *manners: str, python: str = sys.executable) -> int:
     """Make the image's command a server with some manners; return its port."""
     port = free_port()
     platform.set(
@@ -29,7 +32,7 @@ def serve_tasks(platform: Platform, *manners: str) -> int:
         HEALTH_CHECK_CALL_TIMEOUT_SECONDS=1,
     )
     script = str(ROOT / "tests/data/inference_server.py")
-    platform.command(sys.executable, script, str(port), str(platform.root / "output"), *manners)
+    platform.command(python, script, str(port), str(platform.root / "output"), *manners)
     return port
 
 
@@ -132,6 +135,87 @@ def test_a_server_that_never_becomes_healthy_fails_the_setup(
     assert (0, 1) == (job.code, platform.setup_result()["return_code"])
     assert "pass the health check within 2 seconds" in message
     assert message in external_errors(job)
+
+
+def test_a_server_on_another_port_is_told_which_one_is_expected(platform: Platform) -> None:
+    port = serve_tasks(platform, "other-port")
+    platform.set(START_AND_HEALTH_TIMEOUT_SECONDS=3)
+    job = platform.invoke(platform.task())
+    message = platform.setup_result()["user_safe_error_message"]
+    sentence = f"It is expected to listen on port {port}; the command listens on {port + 1}."
+    assert message.endswith(sentence)
+    assert message in external_errors(job)
+
+
+def test_the_answer_ends_with_its_last_byte(platform: Platform) -> None:
+    serve_tasks(platform, "stream")
+    assert 0 == platform.invoke(platform.task()).code
+    result = platform.result()
+    assert (0, ["result.json"]) == (
+        result["return_code"],
+        [output["relative_path"] for output in result["outputs"]],
+    )
+    assert parse_duration(result["invoke_duration"]) >= timedelta(seconds=0.5)
+    assert ["err 1\n", "what failed\n"] == result["user_process_last_stderr_lines"]
+
+
+def test_an_answer_that_breaks_off_is_a_failure(platform: Platform) -> None:
+    serve_tasks(platform, "stream", "break-off")
+    job = platform.invoke(platform.task())
+    assert (1, "HTTP error calling invoke endpoint") == (
+        platform.result()["return_code"],
+        platform.result()["user_safe_error_message"],
+    )
+    assert "HTTP error calling invoke endpoint" in external_errors(job)
+
+
+def test_the_time_limit_covers_the_whole_answer(platform: Platform) -> None:
+    serve_tasks(platform, "stream", "stream-for-ever")
+    platform.invoke(platform.task(timeout=1))
+    assert "Time limit exceeded" == platform.result()["user_safe_error_message"]
+
+
+def test_a_stop_is_heard_while_an_answer_streams(platform: Platform) -> None:
+    serve_tasks(platform, "stream", "stream-for-ever")
+    process = platform.start("invoke", "-t", json.dumps([platform.task()]))
+    assert process.stdout
+    while '"log": "out 1"' not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    assert 128 + signal.SIGTERM == finish(process, seconds=20).code
+    assert "The task was stopped before it finished" == platform.result()["user_safe_error_message"]
+
+
+def test_what_the_author_says_of_an_error_comes_before_what_we_say(platform: Platform) -> None:
+    serve_tasks(platform, "500")
+    job = platform.invoke(platform.task())
+    # Both go to stderr, in this order.
+    texts = job.texts(internal=False, task="t", source="stderr")
+    assert ["err 1", "the reason", "Invoke endpoint returned status 500, expected 201"] == texts
+
+
+@needs_root
+@pytest.mark.skipif(not PYTHON, reason="needs a Python and a checkout that everybody can read")
+def test_the_server_cannot_ask_for_tasks_itself(platform: Platform) -> None:
+    platform.set(USER=UNPRIVILEGED_UID)
+    port = free_port()
+    serve_tasks(platform, f"attack={port}", python=PYTHON)
+    with serving(platform, port=port) as server:
+        first = server.invoke(platform.task("1"))[1]
+        assert 0 == first["return_code"], "".join(first["user_process_last_stderr_lines"])
+        # It asks in between, too.
+        refused = 0
+        assert server.process.stdout
+        while refused < 20:
+            line = json.loads(server.process.stdout.readline())["log"]
+            assert not line.startswith("got ") or line == "got 403"
+            assert not line.startswith("ping ") or line == "ping 200"
+            refused += line == "got 403"
+        assert 0 == server.invoke(platform.task("2"))[1]["return_code"]
+        job = server.end()
+    assert 0 == job.code
+    assert any("An algorithm may not ask for tasks" in text for text in job.texts(internal=False))
+    assert ["1", "2"] == sorted({key.split("/")[1] for key in platform.keys("out/")})
 
 
 def test_another_status_than_201_is_return_code_1(platform: Platform) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shlex
 import signal
 import subprocess
 import threading
@@ -12,15 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from tests.e2e.platform import Finished, Platform, finish, kill
-from tests.support import free_port, poll
+from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
+from tests.test_service import ASKER, PYTHON
 
 
 class Server:
     """`serve` as a process, and its client."""
 
-    def __init__(self, platform: Platform) -> None:
-        self.port = free_port()
+    def __init__(self, platform: Platform, port: int) -> None:
+        self.port = port
         self.process: subprocess.Popen[str] = platform.start("serve", "--port", str(self.port))
 
     def request(
@@ -51,8 +55,8 @@ class Server:
 
 
 @contextmanager
-def serving(platform: Platform) -> Iterator[Server]:
-    server = Server(platform)
+def serving(platform: Platform, *, port: int = 0) -> Iterator[Server]:
+    server = Server(platform, port or free_port())
     try:
         poll(lambda: server.ping() == 200 or server.process.poll() is not None, seconds=20)
         yield server
@@ -104,6 +108,38 @@ def test_a_task_that_is_not_valid_is_422_with_its_path(platform: Platform) -> No
         assert {"type", "loc", "msg", "input"} <= body["detail"][0].keys()
         assert 400 == server.invoke(b"\xff")[0]
         assert 200 == server.invoke(platform.task())[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-be"])
+def test_a_task_is_read_in_every_encoding_that_json_knows(
+    platform: Platform, encoding: str
+) -> None:
+    platform.script("true")
+    with serving(platform) as server:
+        body = json.dumps(platform.task("\u00e9"), ensure_ascii=False).encode(encoding)
+        assert (200, "\u00e9") == (lambda s, r: (s, r["pk"]))(*server.invoke(body))
+
+
+@needs_root
+@pytest.mark.skipif(not PYTHON, reason="needs a Python and a checkout that everybody can read")
+def test_an_algorithm_cannot_ask_for_tasks_while_it_runs(platform: Platform) -> None:
+    """Not itself, nor by a process in namespaces of its own."""
+    platform.set(USER=UNPRIVILEGED_UID)
+    body = json.dumps(platform.task("mine"))
+    port = free_port()
+    ask = shlex.join([PYTHON, str(ASKER), str(port), body])
+    platform.script(
+        f"{ask} plain; {ask} half-closed; {ask} exec; {ask} gone; {ask} fork; unshare -Ur {ask}\n"
+        "sleep 1"
+    )
+    with serving(platform, port=port) as server:
+        status, result = server.invoke(platform.task())
+        assert (200, 0) == (status, result["return_code"])
+        assert 200 == server.ping()
+        job = server.end()
+    answers = [text for text in job.texts(internal=False, source="stdout") if text.isdigit()]
+    assert len(answers) >= 4 and {"403"} == set(answers)
+    assert [] == platform.keys("out/mine/")
 
 
 def test_a_second_task_is_refused_while_one_runs(platform: Platform) -> None:
@@ -173,7 +209,7 @@ def test_sigterm_while_busy_stops_the_task_and_leaves_its_result(platform: Platf
         worker.join()
     assert 0 == job.code
     assert "The task was stopped before it finished" == platform.result()["user_safe_error_message"]
-    assert 500 == answers[0][0]
+    assert (503, {"detail": "The task was stopped before it finished"}) == answers[0]
 
 
 def test_sigterm_while_idle_leaves_with_0(platform: Platform) -> None:
