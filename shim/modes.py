@@ -90,6 +90,7 @@ def resolve_spec(settings: Settings, environ: Mapping[str, str]) -> ProcessSpec:
         env=child_environment(environ, home=user.home),
         user=user if settings.set_extra_groups else replace(user, groups=()),
         memory_limit_bytes=settings.max_memory_mb * 1024 * 1024 or None,
+        no_new_privileges=settings.no_new_privileges,
     )
 
 
@@ -120,6 +121,8 @@ class BaseMode:
         self._log.info(f"Running {list(spec.argv)}")
         relay = Relay(self._log, task=task)
         process = start(spec)
+        for warning in process.warnings:
+            self._log.warning(warning)
         relay.attach(process.stdout_fd, source="stdout")
         relay.attach(process.stderr_fd, source="stderr")
         relay.start()

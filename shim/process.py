@@ -104,6 +104,7 @@ class Process:
         self.pid = launched.pid
         self.stdout_fd = launched.stdout_fd
         self.stderr_fd = launched.stderr_fd
+        self.warnings = launched.warnings
         self._has_oom_kill = has_oom_kill
         self._return_code: int | None = None
 
