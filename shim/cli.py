@@ -56,7 +56,32 @@ if TYPE_CHECKING:
 
 PROGRAM = "sagemaker-shim"
 HELP_COLUMNS = 98
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# What a user could mean for the command.
+COMMAND_SIGNALS = {
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+}
+# What would end us, but for the kernel's answers to mistakes of ours.
+STOP_SIGNALS = {
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGABRT,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGIO,
+    signal.SIGPIPE,
+    signal.SIGPWR,
+    signal.SIGSTKFLT,
+    signal.SIGXCPU,
+    signal.SIGXFSZ,
+}
+# Whatever started us may have these ignored, as shells do for what they put in the background.
+NEVER_IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8080
 # SageMaker shows the first characters of this file as the reason of a failed job.
@@ -150,14 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     occupy_standard_streams()
     stop = Stop()
-    for signum in STOP_SIGNALS:
-        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-            continue  # nohup
-        signal.signal(signum, lambda number, _frame: stop.request(number))
-    # Inherited as ignored, it would take the return codes of children from us.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Blocked since the very first statement.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    take_signals(stop)
     follow_launcher(lambda: stop.request(signal.SIGHUP))
     arguments = argparse.Namespace()
     try:
@@ -165,9 +183,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().parse_args(argv, arguments)
         code: int = arguments.run(arguments, environ, stop)
         return code
+    except SystemExit as done:  # of --help and --version
+        return int(done.code or 0)
     except Exception as error:
         write_failure(str(error) or type(error).__name__)
         return exit_code(error, stop, Log(style=style_of(arguments)))
+
+
+def take_signals(stop: Stop) -> None:
+    """Have each signal stop the task or reach the command, from a thread that waits for them.
+
+    They stay blocked everywhere: no handler is late because the main thread waits for something
+    else, and none is missing when the interpreter ends.
+    """
+    signals = {
+        signum
+        for signum in STOP_SIGNALS | COMMAND_SIGNALS
+        # By nohup HUP is ignored, by Python PIPE and XFSZ, which are errors of write(2) for us.
+        if signum in NEVER_IGNORED or signal.getsignal(signum) != signal.SIG_IGN
+    }
+
+    def wait() -> None:
+        while True:
+            signum = signal.sigwait(signals)
+            if signum in STOP_SIGNALS:
+                stop.request(signum)
+            elif signal_command := stop.signal_command:
+                signal_command(signum)
+
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+    # Inherited as ignored, it would take the return codes of children from us.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: nothing is left that the interpreter's own end would wait for."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none, full, closed
+            stream.flush()
+    os._exit(code)
 
 
 def occupy_standard_streams() -> None:

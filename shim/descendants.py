@@ -94,6 +94,13 @@ def signal_group(pid: int, signum: int) -> None:
             os.killpg(pid, signum)
 
 
+def signal_process(pid: int, signum: int) -> None:
+    """Send a signal to a child of ours, unless it has been collected."""
+    with _lock, suppress(OSError):
+        if pid in _own:
+            os.kill(pid, signum)
+
+
 def end_descendants(session: int) -> int:
     """Kill what is left of a task; return how many processes that were.
 

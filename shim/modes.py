@@ -121,6 +121,7 @@ class BaseMode:
         self._log.info(f"Running {list(spec.argv)}")
         relay = Relay(self._log, task=task)
         process = start(spec)
+        self._stop.signal_command = process.send_signal
         for warning in process.warnings:
             self._log.warning(warning)
         relay.attach(process.stdout_fd, source="stdout")
@@ -130,6 +131,7 @@ class BaseMode:
 
     def _end(self, process: Process, relay: Relay) -> None:
         """End the command with everything that it started, and write all that it wrote."""
+        self._stop.signal_command = None
         ended = process.end(grace=self._settings.sigterm_grace)
         relay.finish()
         if ended:

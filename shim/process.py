@@ -115,6 +115,10 @@ class Process:
             self._return_code = code
         return self._return_code
 
+    def send_signal(self, signum: int) -> None:
+        """Send a signal to the process alone, if it has not ended."""
+        descendants.signal_process(self.pid, signum)
+
     def wait(self, *, timeout: timedelta | None, grace: timedelta, stop: Stop) -> Ending:
         """Wait for the end of the process; bring it about after timeout (None: no limit) or a stop.
 
