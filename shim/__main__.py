@@ -21,7 +21,7 @@ if sys.getfilesystemencoding() != "utf-8" and sys.executable:
     with open("/proc/self/cmdline", "rb") as file:
         arguments = file.read().split(b"\0")[1:-1]
     # The first -X of a name counts.
-    os.execv(os.fsencode(sys.executable), [os.fsencode(sys.executable), b"-X", b"utf8", *arguments])
+    os.execv(sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8"] + arguments)
 
 from shim.cli import leave, main  # noqa: E402
 

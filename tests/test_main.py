@@ -7,9 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,16 @@ VERSIONS = ("2.7", "3.6", "3.7", "3.8", "3.9", "3.10")
 
 def find_python(version: str) -> str:
     """Return an interpreter of an old version, or skip the test."""
-    for candidate in (*PYENV.glob(f"versions/{version}.*/bin/python"), shutil.which(f"python{version}")):
+    for candidate in (
+        *PYENV.glob(f"versions/{version}.*/bin/python"),
+        shutil.which(f"python{version}"),
+    ):
         code = "import sys; print('%d.%d' % sys.version_info[:2])"
-        if candidate and subprocess.run([candidate, "-c", code], capture_output=True).stdout == f"{version}\n".encode():
+        if (
+            candidate
+            and subprocess.run([candidate, "-c", code], capture_output=True).stdout
+            == f"{version}\n".encode()
+        ):
             return str(candidate)
     pytest.skip(f"needs a Python {version}, on PATH or of pyenv")
 
@@ -53,13 +59,21 @@ def form(request: pytest.FixtureRequest, zipapp: Path, tmp_path: Path) -> Form:
     return lambda python, *options: [python, *options, *tail[request.param]]
 
 
-def run(argv: list[str], *arguments: str | bytes, **options: object) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*argv, *arguments], capture_output=True, timeout=60, **options)
+def is_utf8(name: bytes) -> bool:
+    return name.decode(errors="replace").encode() == name
+
+
+def run(argv: list[str], **options: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(argv, capture_output=True, timeout=60, **options)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_an_older_python_is_refused_in_a_sentence(form: Form, version: str) -> None:
-    done = run(form(find_python(version)), "--version", cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+    done = run(
+        [*form(find_python(version)), "--version"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     assert (2, b"") == (done.returncode, done.stdout)
     (line,) = done.stderr.decode().splitlines()
     assert line.startswith(f"sagemaker-shim: needs Python 3.11 or newer, found {version}.")
@@ -73,9 +87,14 @@ def test_the_console_script_is_the_program_itself() -> None:
 def locales(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a LOCPATH with locales whose encodings are other than UTF-8."""
     directory = tmp_path_factory.mktemp("locales")
-    for name, source, charmap in (("de_DE.ISO-8859-1", "de_DE", "ISO-8859-1"), ("ja_JP.EUC-JP", "ja_JP", "EUC-JP")):
+    for name, source, charmap in (
+        ("de_DE.ISO-8859-1", "de_DE", "ISO-8859-1"),
+        ("ja_JP.EUC-JP", "ja_JP", "EUC-JP"),
+    ):
         try:
-            subprocess.run(["localedef", "-i", source, "-f", charmap, directory / name], capture_output=True)
+            subprocess.run(
+                ["localedef", "-i", source, "-f", charmap, directory / name], capture_output=True
+            )
         except FileNotFoundError:
             pytest.skip("needs localedef, of the Debian package libc-bin")
         if not (directory / name / "LC_CTYPE").exists():
@@ -94,41 +113,85 @@ LOCALES: dict[str, Mapping[str, str]] = {
     "odd streams": {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1:strict"},
     "none": {},
 }
-NAMES = (b"caf\xe9", "café".encode(), "名前".encode(), b"\xff\xfe", b"\x8f\xa2\xaf \xa1\xc1", "\U0001f600".encode())
+NAMES = (
+    b"caf\xe9",
+    "café".encode(),
+    "名前".encode(),
+    b"\xff\xfe",
+    b"\x8f\xa2\xaf \xa1\xc1",
+    "\U0001f600".encode(),
+)
 ECHO = """
 import json, os, sys
-output = os.environb[b"SHIM_OUTPUT_PATH"]
-environ = os.environb[b"\\xe9\\xff"].hex()
-names = sorted(name.hex() for name in os.listdir(os.environb[b"SHIM_INPUT_PATH"]))
-locale = {name: value for name, value in os.environ.items() if name.startswith("LC_") or name == "LANG"}
-with open(output + b"/out", "w") as file:
-    json.dump([[os.fsencode(word).hex() for word in sys.argv[1:]], environ, names, locale], file)
+source, output, *words = map(os.fsencode, sys.argv[1:])
+source = os.environb.get(b"SHIM_INPUT_PATH", source)
+output = os.environb.get(b"SHIM_OUTPUT_PATH", output)
+names = os.listdir(source)
+with open("/proc/self/environ", errors="replace") as file:  # Python adds some to os.environ
+    started_with = [entry.split("=", 1) for entry in file.read().split("\\0") if entry]
+print(json.dumps({
+    "words": [word.hex() for word in words],
+    "names": sorted(name.hex() for name in names),
+    "variable": os.environb[b"\\xe9\\xff"].hex(),
+    "locale": {name: text for name, text in started_with if name[:3] in ("LC_", "LAN")},
+}))
 for name in names:
-    with open(output + b"/" + bytes.fromhex(name), "wb") as file:
-        file.write(bytes.fromhex(name))
+    os.link(source + b"/" + name, output + b"/" + name)
 """
+P = "GRAND_CHALLENGE_COMPONENT_"
 
 
 @pytest.mark.parametrize("locale", LOCALES)
-def test_names_arguments_and_variables_are_bytes_in_any_locale(form: Form, locale: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    variables = LOCALES[locale]
+def test_names_arguments_and_variables_are_bytes_in_any_locale(
+    form: Form, locale: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    variables = dict(LOCALES[locale])
     if any("ISO" in text or "EUC" in text for text in variables.values()):
-        variables = {**variables, "LOCPATH": str(request.getfixturevalue("locales"))}
-    source, destination = tmp_path / "eingäbe", tmp_path / "ausgäbe"
-    source.mkdir()
+        variables["LOCPATH"] = str(request.getfixturevalue("locales"))
+    source, destination, root = tmp_path / "eingäbe", tmp_path / "ausgäbe", tmp_path / "würzel"
+    for directory in (source, root):
+        directory.mkdir()
     for name in NAMES:
-        Path(os.fsdecode(os.fsencode(source) + b"/" + name)).write_bytes(name)
-    environ: dict[bytes, bytes] = {
+        (source / os.fsdecode(name)).write_bytes(name)
+    echo = tmp_path / "echo.py"
+    echo.write_text(ECHO)
+    environ = {
         b"PATH": os.fsencode(os.environ["PATH"]),
         b"PYTHONPATH": os.fsencode(ROOT),
         b"\xe9\xff": b"\xe9 \xff",
+        **{
+            os.fsencode(f"{P}{name}_PATH"): os.fsencode(root / name) for name in ("INPUT", "OUTPUT")
+        },
+        os.fsencode(f"{P}LINKED_INPUT_PARENT"): os.fsencode(root / "linked"),
+        os.fsencode(f"{P}WRITABLE_DIRECTORIES"): b"",
+        os.fsencode(f"{P}POST_CLEAN_DIRECTORIES"): b"",
         **{os.fsencode(name): os.fsencode(value) for name, value in variables.items()},
     }
-    echo = tmp_path / "echo.py"
-    echo.write_text(ECHO)
+    arguments = ["run", "--input", source, "--output", destination, "--log-format", "json", "--"]
+    command = [sys.executable, "-X", "utf8", echo, root / "INPUT", root / "OUTPUT", *NAMES]
+    done = run([*form(sys.executable), *arguments, *command], cwd=tmp_path, env=environ)
+    assert 0 == done.returncode, done.stderr.decode()
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    (seen,) = (json.loads(line["log"]) for line in lines if not line["internal"])
+    assert {
+        "words": [name.hex() for name in NAMES],
+        "names": sorted(name.hex() for name in NAMES),
+        "variable": b"\xe9 \xff".hex(),
+        "locale": {name: text for name, text in variables.items() if name[:3] in ("LC_", "LAN")},
+    } == seen
+    copied = {path.read_bytes() for path in destination.iterdir() if path.is_file()}
+    assert {name for name in NAMES if is_utf8(name)} <= copied  # as S3 takes them
+
+
+@pytest.mark.parametrize("options", [["-I"], ["-X", "utf8=0"], ["-O", "-u"]], ids=" ".join)
+def test_the_interpreters_options_are_kept_in_any_locale(zipapp: Path, options: list[str]) -> None:
+    code = "import sys; print(sys.flags.utf8_mode, sys.flags.isolated, sys.flags.optimize)"
+    with zipfile.ZipFile(zipapp) as archive, zipfile.ZipFile(f"{zipapp}.flags", "w") as changed:
+        main = archive.read("shim/__main__.py").decode().partition("from shim.cli")[0]
+        changed.writestr("__main__.py", main + code)
     done = run(
-        form(sys.executable, "-W", "error::EncodingWarning"), "run", "--input", str(source), "--output", str(destination), "--",
-        sys.executable, "-X", "utf8", str(echo), *NAMES,
-        cwd=tmp_path, env=environ, user=os.geteuid() and None,
+        [sys.executable, *options, f"{zipapp}.flags"],
+        env={"LC_ALL": "C", "PYTHONUTF8": "1" if "-X" in options else "0"},
     )
-    assert 0 == done.returncode, done.stderr
+    isolated, optimize = int("-I" in options), int("-O" in options)
+    assert f"1 {isolated} {optimize}\n" == done.stdout.decode(), done.stderr
