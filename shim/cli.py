@@ -25,6 +25,7 @@ from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
 from shim.frozen import carried_bundle, describe, follow_launcher, settle, take_environment
 from shim.logs import Log
 from shim.modes import ExecMode
+from shim.privacy import overwrite_environment
 from shim.runner import PlatformFailure, Runner
 from shim.runtime import Runtime, leave_setup_result
 from shim.s3.errors import S3ClientError
@@ -39,6 +40,7 @@ from shim.tasks import (
     parse_tasks,
     result_key,
 )
+from shim.users import is_ourselves
 from shim.workspace import Workspace
 
 TYPE_CHECKING = False
@@ -95,6 +97,10 @@ LEAVE_SECONDS = 12.0
 ANSWER_SECONDS = 2.0
 # After the start, for the first answers to /ping to be quick; a task does not wait for it.
 QUIET_SECONDS = 1.0
+EXPOSED_KEY_MESSAGE = (
+    "The signing key cannot be kept from a command that runs under the uid of this program: start "
+    "the container as root, and name another user in GRAND_CHALLENGE_COMPONENT_USER"
+)
 SETTINGS_MESSAGE = "The settings of the platform are not valid"
 
 
@@ -180,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace()
     try:
         environ = take_environment(os.environ)
+        overwrite_environment()
         build_parser().parse_args(argv, arguments)
         code: int = arguments.run(arguments, environ, stop)
         return code
@@ -228,7 +235,7 @@ def leave(code: int) -> NoReturn:
 def occupy_standard_streams() -> None:
     """Keep the numbers of standard streams that are closed from whatever is opened next."""
     while (placeholder := os.open("/", os.O_PATH)) <= 2:
-        pass
+        overwrite_environment()
     os.close(placeholder)
 
 
@@ -288,6 +295,8 @@ class Job:
         self.log.info(title)
         for warning in self.settings.warnings:
             self.log.warning(warning)
+        if self.settings.signing_key and is_ourselves(self.settings.user):
+            self.log.warning(EXPOSED_KEY_MESSAGE)
         self._late = LateStore(lambda: connect_store(self.settings, environ, self.log, stop))
         # It passes on whatever a store is asked for.
         self.store: Store = store or self._late

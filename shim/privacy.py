@@ -9,7 +9,7 @@ Rule 2: a process that is not dumpable shows its user nothing else either: no me
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 
@@ -46,22 +46,17 @@ def forbid_inspection() -> bool:
     return os.geteuid() != 0 and find_prctl()(_PR_SET_DUMPABLE, 0)
 
 
-def overwrite_environment(pids: Iterable[int]) -> None:
-    """Follow rule 1 in processes of ours, as far as the kernel lets us."""
-    for pid in pids:
-        with suppress(OSError, ValueError, OverflowError):
-            _overwrite_environment(pid)
-
-
-def _overwrite_environment(pid: int) -> None:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    position, end = int(fields[_ENV_START]), int(fields[_ENV_END])
-    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
-        memory.seek(position)
-        for entry in memory.read(end - position).split(b"\0"):
-            name, _, value = entry.partition(b"=")
-            if name.lower().startswith(_SECRET) and value:
-                memory.seek(position + len(name) + 1)
-                memory.write(b"*" * len(value))
-            position += len(entry) + 1
+def overwrite_environment() -> None:
+    """Follow rule 1, as far as the kernel lets us; os.environ keeps what it has."""
+    with suppress(OSError, ValueError):
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        position, end = int(fields[_ENV_START]), int(fields[_ENV_END])
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(position)
+            for entry in memory.read(end - position).split(b"\0"):
+                name, _, value = entry.partition(b"=")
+                if name.lower().startswith(_SECRET):
+                    memory.seek(position + len(entry) - len(value))
+                    memory.write(b"*" * len(value))
+                position += len(entry) + 1

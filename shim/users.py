@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -47,6 +48,13 @@ def resolve_user(user: str) -> User:
     Some images let their user write these files: what it writes names nobody for later tasks.
     """
     return find_user(user, passwd=PASSWD, group=GROUP)
+
+
+def is_ourselves(user: str) -> bool:
+    """Tell whether a command of the image's USER runs under our own uid; False for nobody."""
+    with suppress(UserSafeError):
+        return resolve_user(user).uid in (None, os.geteuid())
+    return False
 
 
 def find_user(user: str, *, passwd: Path, group: Path) -> User:

@@ -317,6 +317,100 @@ def test_the_images_user_cannot_read_the_signing_key(supervised: Platform, theft
         assert "root:" not in text
 
 
+# The same by a user who is the shim's own.
+SEARCH = """
+import os, re, sys
+found, opened = 0, 0
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    if int(pid) == os.getpid():
+        continue
+    try:
+        with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+            opened += 1
+            for start, end in re.findall("^(\\w+)-(\\w+) r", maps.read(), re.M):
+                try:
+                    memory.seek(int(start, 16))
+                    content = memory.read(int(end, 16) - int(start, 16))
+                    found += bytes.fromhex(sys.argv[1][::-1]) in content
+                except (OSError, ValueError):
+                    pass
+    except OSError:
+        pass
+print(f"searched {opened} processes, found {found}")
+"""
+OWN_THEFTS = {
+    **{name: theft for name, theft in THEFTS.items() if name != "core"},  # which stops a shim
+    "open files": "ls -l /proc/$PPID/fd/ | grep .",
+    "attached": "strace -p $PPID -o /dev/stdout & sleep 0.3; kill %1; cat /proc/$PPID/status",
+}
+
+
+def leave_root_alone(platform: Platform) -> None:
+    """Have the shim run by somebody else than root, who has no other process in sight."""
+    platform.leave_root()
+    identity = [f"--reuid={UNPRIVILEGED_UID}", f"--regid={UNPRIVILEGED_UID}", "--clear-groups"]
+    platform.wrapper = [*AS_PID_1, "setpriv", *identity, "--"]
+    platform.identity = {}
+
+
+@needs_namespaces
+@needs_root
+@pytest.mark.parametrize("theft", OWN_THEFTS.values(), ids=OWN_THEFTS)
+def test_a_shim_that_is_not_root_keeps_its_key_from_its_own_user(
+    platform: Platform, theft: str
+) -> None:
+    platform.environ["LOG_LEVEL"] = "DEBUG"
+    platform.script(f"({theft}) 2>&1; true")
+    leave_root_alone(platform)
+    job = platform.invoke(platform.task())
+    assert (0, 0) == (job.code, platform.result()["return_code"])
+    assert SIGNING_KEY.hex() not in job.stdout + job.stderr
+    (warning,) = [text for text in job.texts(level="WARNING", internal=True) if "key" in text]
+    assert warning.startswith("The signing key cannot be kept from a command that runs under")
+    if theft == OWN_THEFTS["attached"]:
+        assert "TracerPid:\t0" in job.texts(internal=False)
+    if theft == OWN_THEFTS["open files"]:
+        assert not any("->" in text for text in job.texts(internal=False))
+
+
+@needs_namespaces
+@needs_root
+@pytest.mark.parametrize("identity", ["its own user", "another"])
+def test_the_key_is_in_no_memory_that_the_user_can_read(platform: Platform, identity: str) -> None:
+    python = "/usr/bin/python3"
+    if not os.access(python, os.X_OK):
+        pytest.skip("needs a Python that everybody can run, such as Debian's python3")
+    platform.command(python, "-c", SEARCH, SIGNING_KEY.hex()[::-1])
+    if identity == "another":
+        platform.set(USER=str(UNPRIVILEGED_UID))
+        platform.wrapper = AS_PID_1
+    else:
+        leave_root_alone(platform)
+    job = platform.invoke(platform.task())
+    assert ["searched 0 processes, found 0"] == job.texts(internal=False)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("user", "key", "expected"),
+    [
+        ("", "00", True),
+        ("0", "00", True),
+        ("root:4", "00", True),
+        ("7", "00", False),
+        ("", "", False),
+    ],
+)
+def test_a_key_that_the_command_could_read_is_told_of(
+    platform: Platform, user: str, key: str, expected: bool
+) -> None:
+    platform.set(USER=user, SIGNING_KEY_HEX=key)
+    platform.script("true")
+    job = platform.invoke(platform.task())
+    warnings = job.texts(level="WARNING", internal=True)
+    assert expected == any(text.startswith("The signing key cannot be kept") for text in warnings)
+
+
 @needs_root
 def test_results_are_not_overwritten_by_files_of_the_user(platform: Platform) -> None:
     platform.set(USER=str(UNPRIVILEGED_UID), RUNTIME_OUTPUT_PREFIX="out/t")
