@@ -97,6 +97,10 @@ LEAVE_SECONDS = 12.0
 ANSWER_SECONDS = 2.0
 # After the start, for the first answers to /ping to be quick; a task does not wait for it.
 QUIET_SECONDS = 1.0
+NO_THREADS_MESSAGE = (
+    "No thread can be started: the limit on processes (pids) is reached, or the container engine "
+    "is too old for the C library of this program (Docker before 20.10.10 refuses clone3)"
+)
 EXPOSED_KEY_MESSAGE = (
     "The signing key cannot be kept from a command that runs under the uid of this program: start "
     "the container as root, and name another user in GRAND_CHALLENGE_COMPONENT_USER"
@@ -181,10 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     occupy_standard_streams()
     stop = Stop()
-    take_signals(stop)
-    follow_launcher(lambda: stop.request(signal.SIGHUP))
     arguments = argparse.Namespace()
     try:
+        take_signals(stop)
+        follow_launcher(lambda: stop.request(signal.SIGHUP))
         environ = take_environment(os.environ)
         overwrite_environment()
         build_parser().parse_args(argv, arguments)
@@ -221,7 +225,11 @@ def take_signals(stop: Stop) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, signals)
     # Inherited as ignored, it would take the return codes of children from us.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    threading.Thread(target=wait, name="signals", daemon=True).start()
+    try:
+        threading.Thread(target=wait, name="signals", daemon=True).start()
+    except RuntimeError as error:
+        Log().error(NO_THREADS_MESSAGE)
+        raise PlatformFailure(NO_THREADS_MESSAGE) from error
 
 
 def leave(code: int) -> NoReturn:

@@ -24,7 +24,13 @@ from pathlib import Path
 
 from shim import descendants
 from shim.errors import UserSafeError
-from shim.executables import explain_exec_error
+from shim.executables import (
+    NOT_FOUND,
+    NOT_PERMITTED_ERRORS,
+    describe_missing,
+    describe_permission,
+    explain_exec_error,
+)
 from shim.launch import Launched, ProcessSpec, StartError, launch
 from shim.users import User
 
@@ -66,7 +72,10 @@ def start(spec: ProcessSpec, *, memory_events: MemoryEvents | None = None) -> Pr
     try:
         return Process(launch(spec), lambda: events.count_oom_kills() > oom_kills)
     except StartError as error:
-        raise UserSafeError(_explain(error, spec)) from error
+        failure = UserSafeError(_explain(error, spec))
+        if detail := _name(error, spec):  # beside a sentence that must stay as platforms know it
+            failure.add_note(detail)
+        raise failure from error
 
 
 def run_helper(argv: Sequence[str], env: Mapping[str, str], timeout: timedelta) -> bytes:
@@ -249,6 +258,16 @@ def _explain(error: StartError, spec: ProcessSpec) -> str:
     if error.step == "arguments":
         return "An argument or an environment variable of the command is not a valid text"
     return f"The command could not be started, {error.strerror}"
+
+
+def _name(error: StartError, spec: ProcessSpec) -> str:
+    """Return what else its author can use: which command, and what is wrong with it."""
+    if error.step != "exec":
+        return ""
+    number = error.errno or 0
+    if explain_exec_error(error.filename, number) == NOT_FOUND:
+        return describe_missing(spec.argv[0] if spec.argv else "", spec.env.get("PATH", os.defpath))
+    return describe_permission(error.filename, spec.user) if number in NOT_PERMITTED_ERRORS else ""
 
 
 def _read_all(fds: tuple[int, int], *, deadline: float) -> tuple[bytes, bytes]:

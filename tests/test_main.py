@@ -83,6 +83,49 @@ def test_the_console_script_is_the_program_itself() -> None:
     assert "sagemaker-shim = shim.__main__:main\n" in (ROOT / "setup.cfg").read_text()
 
 
+# What the filters of old container engines say to clone3: not ENOSYS, after which a C library tries
+# clone, but EPERM.
+OLD_ENGINE = """
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int main(int argc, char **argv) {
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone3, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {4, filter};
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+    return execvp(argv[1], argv + 1);
+}
+"""
+
+
+@pytest.mark.parametrize("arguments", [["serve"], ["invoke", "-f", "-"], ["check"]], ids=" ".join)
+def test_an_engine_that_refuses_threads_is_told_in_a_sentence(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    source, program = tmp_path / "filter.c", tmp_path / "filter"
+    source.write_text(OLD_ENGINE)
+    if not shutil.which("gcc") or subprocess.run(["gcc", source, "-o", program]).returncode:
+        pytest.skip("needs the Debian packages gcc, libc6-dev and linux-libc-dev")
+    thread = "import threading; threading.Thread(target=int).start()"
+    if run([str(program), sys.executable, "-c", thread]).returncode == 0:
+        pytest.skip("needs a C library that starts threads by clone3, such as glibc 2.34")
+    done = run([str(program), sys.executable, "-m", "shim", *arguments], cwd=ROOT)
+    assert (1, b"") == (done.returncode, done.stdout)
+    (line,) = done.stderr.splitlines()
+    text = json.loads(line)["log"]
+    assert text.startswith("No thread can be started") and "container engine is too old" in text
+
+
 @pytest.fixture(scope="module")
 def locales(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a LOCPATH with locales whose encodings are other than UTF-8."""

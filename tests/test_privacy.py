@@ -55,4 +55,4 @@ process.wait(timeout=None, grace=GRACE, stop=NEVER)
 print(close(process)[0].split(), forbid_inspection())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert f"['{UNPRIVILEGED_UID}', '0'] True\n" == done.stdout, done.stderr
+    assert f"{[str(UNPRIVILEGED_UID), '0']} True\n" == done.stdout, done.stderr
