@@ -303,7 +303,8 @@ class Job:
         self.log.info(title)
         for warning in self.settings.warnings:
             self.log.warning(warning)
-        if self.settings.signing_key and is_ourselves(self.settings.user):
+        # With a store of our own there is nobody whom a signature has to convince.
+        if store is None and self.settings.signing_key and is_ourselves(self.settings.user):
             self.log.warning(EXPOSED_KEY_MESSAGE)
         self._late = LateStore(lambda: connect_store(self.settings, environ, self.log, stop))
         # It passes on whatever a store is asked for.
