@@ -1,11 +1,28 @@
-"""`python -m shim`: the command line from a checkout, or frozen."""
+"""`python -m shim`: the command line from a checkout, an archive, or frozen.
 
-import signal
+To import this module is to run it and never to come back. Older Pythons must be able to read it.
+"""
+
 import sys
 
-# Until there are handlers: main() lets them in.
-signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+if sys.version_info < (3, 11):
+    found = ".".join(map(str, sys.version_info[:3]))
+    sys.stderr.write("sagemaker-shim: needs Python 3.11 or newer, found " + found + "\n")
+    sys.exit(2)
 
-from shim.cli import main  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
 
-sys.exit(main())
+# Until somebody waits for them: see take_signals.
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+# Names, arguments and variables are UTF-8 in whatever locale; only a new interpreter reads them so.
+if sys.getfilesystemencoding() != "utf-8" and sys.executable:
+    with open("/proc/self/cmdline", "rb") as file:
+        arguments = file.read().split(b"\0")[1:-1]
+    # The first -X of a name counts.
+    os.execv(sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8"] + arguments)
+
+from shim.cli import leave, main  # noqa: E402
+
+leave(main())

@@ -26,6 +26,7 @@ from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError,
 from shim.frozen import carried_bundle, describe, follow_launcher, settle, take_environment
 from shim.logs import Log
 from shim.modes import ExecMode
+from shim.privacy import overwrite_environment
 from shim.runner import PlatformFailure, Runner
 from shim.runtime import Runtime, leave_setup_result
 from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
@@ -41,7 +42,7 @@ from shim.tasks import (
     parse_tasks,
     result_key,
 )
-from shim.users import User, resolve_user
+from shim.users import User, image_user, is_ourselves
 from shim.workspace import Workspace
 
 TYPE_CHECKING = False
@@ -59,7 +60,32 @@ if TYPE_CHECKING:
 
 PROGRAM = "sagemaker-shim"
 HELP_COLUMNS = 98
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# What a user could mean for the command.
+COMMAND_SIGNALS = {
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+}
+# What would end us, but for the kernel's answers to mistakes of ours.
+STOP_SIGNALS = {
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGABRT,
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGIO,
+    signal.SIGPIPE,
+    signal.SIGPWR,
+    signal.SIGSTKFLT,
+    signal.SIGXCPU,
+    signal.SIGXFSZ,
+}
+# Whatever started us may have these ignored, as shells do for what they put in the background.
+NEVER_IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8080
 # SageMaker shows the first characters of this file as the reason of a failed job.
@@ -75,6 +101,14 @@ ANSWER_SECONDS = 2.0
 QUIET_SECONDS = 1.0
 # Nothing has been started for them.
 WRONG_USAGE = (UsageError, InvalidSettings, SettingInvalid, ProfileInvalid)
+NO_THREADS_MESSAGE = (
+    "No thread can be started: the limit on processes (pids) is reached, or the container engine "
+    "is too old for the C library of this program (Docker before 20.10.10 refuses clone3)"
+)
+EXPOSED_KEY_MESSAGE = (
+    "The signing key cannot be kept from a command that runs under the uid of this program: start "
+    "the container as root, and name another user in GRAND_CHALLENGE_COMPONENT_USER"
+)
 SETTINGS_MESSAGE = "The settings of the platform are not valid"
 
 
@@ -155,30 +189,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     occupy_standard_streams()
     stop = Stop()
-    for signum in STOP_SIGNALS:
-        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-            continue  # nohup
-        signal.signal(signum, lambda number, _frame: stop.request(number))
-    # Inherited as ignored, it would take the return codes of children from us.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Blocked since the very first statement.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    follow_launcher(lambda: stop.request(signal.SIGHUP))
     arguments = argparse.Namespace()
     try:
+        take_signals(stop)
+        follow_launcher(lambda: stop.request(signal.SIGHUP))
         environ = take_environment(os.environ)
+        overwrite_environment()
         build_parser().parse_args(argv, arguments)
         code: int = arguments.run(arguments, environ, stop)
         return code
+    except SystemExit as done:  # of --help and --version
+        return int(done.code or 0)
     except Exception as error:
         write_failure(str(error) or type(error).__name__)
         return exit_code(error, stop, Log(style=style_of(arguments)))
 
 
+def take_signals(stop: Stop) -> None:
+    """Have each signal stop the task or reach the command, from a thread that waits for them.
+
+    They stay blocked everywhere: no handler is late because the main thread waits for something
+    else, and none is missing when the interpreter ends.
+    """
+    signals = {
+        signum
+        for signum in STOP_SIGNALS | COMMAND_SIGNALS
+        # By nohup HUP is ignored, by Python PIPE and XFSZ, which are errors of write(2) for us.
+        if signum in NEVER_IGNORED or signal.getsignal(signum) != signal.SIG_IGN
+    }
+
+    def wait() -> None:
+        while True:
+            signum = signal.sigwait(signals)
+            if signum in STOP_SIGNALS:
+                stop.request(signum)
+            elif signal_command := stop.signal_command:
+                signal_command(signum)
+
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+    # Inherited as ignored, it would take the return codes of children from us.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        threading.Thread(target=wait, name="signals", daemon=True).start()
+    except RuntimeError as error:
+        Log().error(NO_THREADS_MESSAGE)
+        raise PlatformFailure(NO_THREADS_MESSAGE) from error
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: nothing is left that the interpreter's own end would wait for."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none, full, closed
+            stream.flush()
+    os._exit(code)
+
+
 def occupy_standard_streams() -> None:
     """Keep the numbers of standard streams that are closed from whatever is opened next."""
     while (placeholder := os.open("/", os.O_PATH)) <= 2:
-        pass
+        overwrite_environment()
     os.close(placeholder)
 
 
@@ -238,6 +307,9 @@ class Job:
         self.log.info(title)
         for warning in self.settings.warnings:
             self.log.warning(warning)
+        # With a store of our own there is nobody whom a signature has to convince.
+        if store is None and self.settings.signing_key and is_ourselves(self.settings.user):
+            self.log.warning(EXPOSED_KEY_MESSAGE)
         self._late = LateStore(lambda: connect_store(self.settings, environ, self.log, stop))
         # It passes on whatever a store is asked for.
         self.store: Store = store or self._late
@@ -551,10 +623,9 @@ def _find_command_user(settings: Settings) -> User | None:
     if os.geteuid() != 0:
         return User()
     try:
-        user = resolve_user(settings.user)
+        return image_user(settings.user, set_extra_groups=settings.set_extra_groups)
     except UserSafeError:
         return None
-    return user if settings.set_extra_groups else replace(user, groups=())
 
 
 def wait_readable(*sources: HasFileno, seconds: float | None = None) -> bool:

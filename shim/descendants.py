@@ -116,6 +116,13 @@ class Leftovers:
     is_over: bool
 
 
+def signal_process(pid: int, signum: int) -> None:
+    """Send a signal to a child of ours, unless it has been collected."""
+    with _lock, suppress(OSError):
+        if pid in _own:
+            os.kill(pid, signum)
+
+
 def end_descendants(
     session: int, *, kill_all: Callable[[list[Stat], set[int]], object] = lambda *_: None
 ) -> Leftovers:

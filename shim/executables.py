@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 import struct
+
+from shim.users import User
 
 NOT_FOUND = "The command defined by the containers ENTRYPOINT and CMD instructions does not exist"
 NOT_PERMITTED = (
@@ -27,6 +30,7 @@ _MACHINES = {
     183: "aarch64",
     243: "riscv64",
 }
+NOT_PERMITTED_ERRORS = (errno.EACCES, errno.EPERM)
 _PT_INTERP = 3
 _HEAD_BYTES = 4096
 # A script's interpreter may be a script; the kernel follows that about as far (fs/exec.c).
@@ -43,11 +47,58 @@ def explain_exec_error(path: str, error_number: int) -> str:
             "The arguments and the environment of the command are longer than the operating "
             "system allows; pass long values in files"
         )
-    if error_number in (errno.EACCES, errno.EPERM):
+    if error_number in NOT_PERMITTED_ERRORS:
         return _is_a_directory(path) if os.path.isdir(path) else NOT_PERMITTED
     if error_number in (errno.ENOENT, errno.ENOTDIR, errno.ENOEXEC):
         return _explain_file(path, error_number)
     return f"The command {path!r} could not be started: {os.strerror(error_number)}"
+
+
+def describe_missing(name: str, search_path: str) -> str:
+    """Name the command that NOT_FOUND speaks of, and where it was looked for."""
+    if not name:
+        return "The name of the command is empty"
+    if "/" not in name:
+        return f"The command {name!r} is in none of the directories of PATH, {search_path!r}"
+    if os.path.isabs(name):
+        return f"The command {name!r} does not exist"
+    return f"The command {name!r} does not exist in the working directory, {os.getcwd()!r}"
+
+
+def describe_permission(path: str, user: User, depth: int = 0) -> str:
+    """Name what the user may not execute; "" where nothing is found that explains it."""
+    parents = itertools.accumulate(os.path.abspath(path).split("/")[:-1], "{}/{}".format)
+    try:
+        for directory in parents:
+            if not _may_execute(os.stat(directory or "/"), user):
+                return f"The user may not enter the directory {directory!r}, where {path!r} lies"
+        status = os.stat(path)
+        head = _read_head(path)
+    except OSError:
+        return ""
+    if not status.st_mode & 0o111:
+        return f"The file {path!r} is not executable: chmod +x it when the image is built"
+    if not _may_execute(status, user):
+        return (
+            f"The file {path!r} has mode {stat.S_IMODE(status.st_mode):04o} and belongs to uid "
+            f"{status.st_uid} and gid {status.st_gid}: chmod a+rx it when the image is built"
+        )
+    if os.statvfs(path).f_flag & os.ST_NOEXEC:
+        return f"The file {path!r} lies on a file system that is mounted noexec"
+    words = head[2:].split(None, 1) if head.startswith(b"#!") else []
+    if words and depth < _MAX_DEPTH:
+        return describe_permission(os.fsdecode(words[0]), user, depth + 1)
+    return ""
+
+
+def _may_execute(status: os.stat_result, user: User) -> bool:
+    """Tell whether the kernel would let the user execute a file, or enter a directory."""
+    uid = os.geteuid() if user.uid is None else user.uid
+    groups = {user.gid, *user.groups} if user.gid is not None else {os.getegid(), *os.getgroups()}
+    if uid == 0:
+        return bool(status.st_mode & 0o111) or stat.S_ISDIR(status.st_mode)
+    shift = 6 if uid == status.st_uid else 3 if status.st_gid in groups else 0
+    return bool(status.st_mode >> shift & 1)
 
 
 def _is_a_directory(path: str) -> str:

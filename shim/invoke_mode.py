@@ -10,7 +10,14 @@ from datetime import timedelta
 
 from shim.errors import UserSafeError
 from shim.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
-from shim.modes import TIME_LIMIT_MESSAGE, BaseMode, Outcome, read_ending, refuse_time_limit
+from shim.modes import (
+    TIME_LIMIT_MESSAGE,
+    BaseMode,
+    Outcome,
+    name_signal,
+    read_ending,
+    refuse_time_limit,
+)
 from shim.process import Process
 from shim.relay import Relay
 from shim.sockets import find_listening_ports
@@ -168,7 +175,7 @@ class InvokeMode(BaseMode):
         """Show the author how the server ended and what it said last."""
         code = None if self._process is None else self._process.poll()
         if code is not None:
-            message += f" (signal {-code})" if code < 0 else f" (exit status {code})"
+            message += f", by {name_signal(-code)}" if code < 0 else f", exit status {code}"
         if self._relay is not None:
             self._relay.flush()
             shown = self._relay.last_stderr_lines[-SHOWN_STDERR_LINES:]

@@ -6,7 +6,9 @@ Rule 1: between fork and exec the child imports nothing, takes no lock and runs 
         step failed, no signal mask, no limit.
 Rule 2: the child has descriptors 0-2, default dispositions, an empty mask, the user's ids and
         limits; cwd and umask are inherited. The shim's own limits, ids and groups never change.
-Rule 3: what fails before exec is reported over a pipe that exec closes.
+Rule 3: what fails before exec is reported over a pipe that exec closes, and so is what could not
+        be done but need not prevent the start.
+Rule 4: nothing of the user's has run before the shim forbids its own user to look into it.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from dataclasses import dataclass, field
 
 from shim import descendants
 from shim.frozen import settle
+from shim.privacy import PR_SET_NO_NEW_PRIVS, find_prctl, forbid_inspection
 from shim.users import User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import NoReturn
 
 _OOM_SCORE_RAISE = 100  # of 1000: the child counts for a tenth of all memory more than the shim
@@ -36,6 +39,12 @@ _DEV_NULL = os.makedev(1, 3)
 _NO_ROOM_BYTES = 64 * 1024
 _MAX_FDS = 1 << 20  # fs.nr_open: no descriptor is higher unless an administrator raised it
 _SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+_WARNINGS = {
+    "groups": "The command keeps the supplementary groups that this program was started with: "
+    "setting others is not permitted here",
+    "privileges": "The command may gain privileges from setuid programs: "
+    "the kernel refuses PR_SET_NO_NEW_PRIVS",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +53,7 @@ class ProcessSpec:
 
     - user: uid and gid None keep the shim's; else the supplementary groups become user.groups
     - memory_limit_bytes: RLIMIT_DATA of the child and of what it starts
+    - no_new_privileges: no setuid program, nor one with capabilities, gives it those of another
     - is_trial: no instruction of the command runs. The kernel accepts or refuses it as ever, but
       has no room to load it and kills the child; long arguments have no room either
     """
@@ -52,16 +62,21 @@ class ProcessSpec:
     env: Mapping[str, str] = field(repr=False)
     user: User
     memory_limit_bytes: int | None = None
+    no_new_privileges: bool = True
     is_trial: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launched:
-    """A running child; the fds are the read ends of its pipes, and the caller's to close."""
+    """A running child; the fds are the read ends of its pipes, and the caller's to close.
+
+    - warnings: sentences on what could not be done for it
+    """
 
     pid: int
     stdout_fd: int
     stderr_fd: int
+    warnings: tuple[str, ...] = ()
 
 
 class StartError(OSError):
@@ -75,6 +90,7 @@ class StartError(OSError):
 def launch(spec: ProcessSpec) -> Launched:
     """Start a command; return when it runs. Raises StartError."""
     settle()
+    is_hidden = forbid_inspection()
     command = _Command.from_spec(spec)
     with ExitStack() as ours:
         with ExitStack() as theirs:
@@ -88,14 +104,29 @@ def launch(spec: ProcessSpec) -> Launched:
                     with suppress(OSError):
                         os.fchown(end, spec.user.uid, -1)
             pid = _fork(command, (stdin, stdout_end, stderr_end, report_end))
-        failure = os.read(report, 100)
+        *warnings, failure = _read_report(report)
         if failure:
             while descendants.collect(pid) is None:
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             raise command.read_failure(failure)
+        if is_hidden:  # until exec, the child's files in /proc were root's
+            _set_oom_score(f"/proc/{pid}", command.oom_score)
         os.close(report)
         ours.pop_all()
-    return Launched(pid=pid, stdout_fd=stdout, stderr_fd=stderr)
+    return Launched(
+        pid=pid,
+        stdout_fd=stdout,
+        stderr_fd=stderr,
+        warnings=tuple(_WARNINGS[warning] for warning in warnings),
+    )
+
+
+def _read_report(fd: int) -> list[str]:
+    """Return the names of warnings and, last, the failure or an empty text."""
+    report = b""
+    while data := os.read(fd, 1024):
+        report += data
+    return report.decode().split("\n")
 
 
 def _open_pipe(readers: ExitStack, writers: ExitStack) -> tuple[int, int]:
@@ -138,6 +169,9 @@ class _Command:
     candidates: list[bytes]  # the paths to try, in order
     user: User
     memory_limit_bytes: int | None
+    oom_score: bytes
+    prctl: Callable[[int, int], bool]
+    no_new_privileges: bool
     is_trial: bool
 
     @staticmethod
@@ -156,6 +190,9 @@ class _Command:
                 candidates=[os.fsencode(path) for path in paths],
                 user=spec.user,
                 memory_limit_bytes=spec.memory_limit_bytes,
+                oom_score=_choose_oom_score(),
+                prctl=find_prctl(),
+                no_new_privileges=spec.no_new_privileges,
                 is_trial=spec.is_trial,
             )
         except UnicodeEncodeError:  # JSON can name half of a surrogate pair
@@ -178,9 +215,11 @@ class _Command:
             step = "signals"
             for signum in _SIGNALS:
                 signal.signal(signum, signal.SIG_DFL)
-            _raise_oom_score()
+            _set_oom_score("/proc/self", self.oom_score)
             step = "user"
-            self._switch_user()
+            self._switch_user(report)
+            if self.no_new_privileges and not self.prctl(PR_SET_NO_NEW_PRIVS, 1):
+                os.write(report, b"privileges\n")
             step = "memory limit"
             self._limit_memory()
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -194,13 +233,22 @@ class _Command:
             os.write(report, f"{step}:{number}:{which}".encode())
             os._exit(127)
 
-    def _switch_user(self) -> None:
+    def _switch_user(self, report: int) -> None:
+        """Become the user. Where that changes nothing it may be forbidden, and is not asked for."""
         uid, gid = self.user.uid, self.user.gid
+        is_right = uid in (None, os.geteuid()) and gid in (None, os.getegid())
         if (uid is not None or gid is not None) and os.geteuid() == 0:
-            os.setgroups(self.user.groups)
-        if gid is not None:
+            primary = os.getegid() if gid is None else gid
+            if {primary, *self.user.groups} != {primary, *os.getgroups()}:
+                try:
+                    os.setgroups(self.user.groups)
+                except PermissionError:
+                    if not is_right:
+                        raise
+                    os.write(report, b"groups\n")
+        if gid is not None and os.getresgid() != (gid,) * 3:
             os.setresgid(gid, gid, gid)
-        if uid is not None:
+        if uid is not None and os.getresuid() != (uid,) * 3:
             os.setresuid(uid, uid, uid)
 
     def _limit_memory(self) -> None:
@@ -223,9 +271,9 @@ class _Command:
                     failure = (number, which)
         return failure
 
-    def read_failure(self, report: bytes) -> StartError:
+    def read_failure(self, report: str) -> StartError:
         """Return what the child reported as an exception."""
-        step, number, which = report.decode().split(":")
+        step, number, which = report.split(":")
         # "Not found" of a file that is there speaks of its interpreter.
         existing = [path for path in self.candidates if os.path.lexists(path)]
         path = self.candidates[int(which)]
@@ -240,9 +288,19 @@ def _leave_no_room() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_NO_ROOM_BYTES, _NO_ROOM_BYTES))
 
 
-def _raise_oom_score() -> None:
-    """Have the kernel end the user's processes before the shim."""
-    with suppress(OSError, ValueError):
-        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
-        score = min(1000, int(os.read(fd, 16)) + _OOM_SCORE_RAISE)
-        os.write(fd, b"%d" % score)
+def _choose_oom_score() -> bytes:
+    """Return a score at which the kernel ends the user's processes before the shim."""
+    try:
+        with open("/proc/self/oom_score_adj", "rb") as file:
+            return b"%d" % min(1000, int(file.read()) + _OOM_SCORE_RAISE)
+    except (OSError, ValueError):
+        return b""
+
+
+def _set_oom_score(directory: str, score: bytes) -> None:
+    with suppress(OSError):
+        fd = os.open(f"{directory}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, score)
+        finally:
+            os.close(fd)

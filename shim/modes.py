@@ -41,6 +41,15 @@ MEMORY_MESSAGE = (
 OUT_OF_MEMORY_RETURN_CODE = 137
 # As the process itself ends by SIGBUS, and as a shell reports it of what it ran.
 BUS_ERROR_RETURN_CODES = (-signal.SIGBUS, 128 + signal.SIGBUS)
+FATAL_SIGNALS = {
+    signal.SIGILL,
+    signal.SIGTRAP,
+    signal.SIGABRT,
+    signal.SIGFPE,
+    signal.SIGKILL,
+    signal.SIGSEGV,
+    signal.SIGSYS,
+}
 SHARED_MEMORY = "/dev/shm"
 SHOWN_PIDS = 10
 SURVIVORS_MESSAGE = "Processes of the task could not be ended"
@@ -93,6 +102,7 @@ def resolve_spec(settings: Settings, environ: Mapping[str, str]) -> ProcessSpec:
         env=child_environment(environ, home=user.home),
         user=user,
         memory_limit_bytes=settings.max_memory_mb * 1024 * 1024 or None,
+        no_new_privileges=settings.no_new_privileges,
     )
 
 
@@ -126,7 +136,15 @@ class BaseMode:
         self._before_start()
         self._log.info(f"Running {list(spec.argv)}")
         relay = Relay(self._log, task=task)
-        process = start(spec)
+        try:
+            process = start(spec)
+        except UserSafeError as error:
+            for note in getattr(error, "__notes__", ()):
+                self._log.error(note, internal=False, task=task)
+            raise
+        self._stop.signal_command = process.send_signal
+        for warning in process.warnings:
+            self._log.warning(warning)
         relay.attach(process.stdout_fd, source="stdout")
         relay.attach(process.stderr_fd, source="stderr")
         try:
@@ -141,6 +159,7 @@ class BaseMode:
 
         Returns whether nobody is left.
         """
+        self._stop.signal_command = None
         leftovers = process.end(grace=self._settings.sigterm_grace)
         relay.finish()
         if leftovers.ended:
@@ -178,6 +197,8 @@ class ExecMode(BaseMode):
             return_code, message = 1, SURVIVORS_MESSAGE
         if return_code in BUS_ERROR_RETURN_CODES:
             self._log.error(_explain_bus_error(), internal=False, task=task.pk)
+        elif not message and (cause := _explain_signal(return_code)):
+            self._log.error(cause, internal=False, task=task.pk)
         if message:
             self._log.error(message, internal=False, task=task.pk)
         return Outcome(
@@ -215,6 +236,23 @@ def _explain_bus_error() -> str:
         f"The algorithm was ended by SIGBUS: often shared memory is full; {SHARED_MEMORY} {size}. "
         "Use fewer worker processes, or keep what they share in files"
     )
+
+
+def name_signal(number: int) -> str:
+    """Return the number of a signal and its name, which real-time ones have not."""
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"
+
+
+def _explain_signal(return_code: int) -> str:
+    """Name the signal that the author did not send; a shell reports that of what it ran."""
+    if return_code < 0:
+        return f"The algorithm was ended by {name_signal(-return_code)}"
+    if return_code - 128 in FATAL_SIGNALS:
+        return f"What the algorithm ran was ended by {name_signal(return_code - 128)}"
+    return ""
 
 
 def read_ending(ending: Ending) -> tuple[int, str]:

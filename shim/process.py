@@ -27,7 +27,13 @@ from pathlib import Path
 from shim import descendants, ipc, killer
 from shim.descendants import Leftovers
 from shim.errors import UserSafeError
-from shim.executables import explain_exec_error
+from shim.executables import (
+    NOT_FOUND,
+    NOT_PERMITTED_ERRORS,
+    describe_missing,
+    describe_permission,
+    explain_exec_error,
+)
 from shim.launch import Launched, ProcessSpec, StartError, launch
 from shim.users import User
 
@@ -76,7 +82,10 @@ def start(spec: ProcessSpec, *, memory_events: MemoryEvents | None = None) -> Pr
     try:
         return Process(launch(spec), lambda: events.count_oom_kills() > oom_kills, objects=objects)
     except StartError as error:
-        raise UserSafeError(_explain(error, spec)) from error
+        failure = UserSafeError(_explain(error, spec))
+        if detail := _name(error, spec):  # beside a sentence that must stay as platforms know it
+            failure.add_note(detail)
+        raise failure from error
     except BlockingIOError as error:  # EAGAIN, of fork(2)
         raise UserSafeError(NO_ROOM_MESSAGE) from error
 
@@ -122,6 +131,7 @@ class Process:
         self.pid = launched.pid
         self.stdout_fd = launched.stdout_fd
         self.stderr_fd = launched.stderr_fd
+        self.warnings = launched.warnings
         self._has_oom_kill = has_oom_kill
         self._objects = objects
         self._return_code: int | None = None
@@ -135,6 +145,10 @@ class Process:
         if code is not None:
             self._return_code = code
         return self._return_code
+
+    def send_signal(self, signum: int) -> None:
+        """Send a signal to the process alone, if it has not ended."""
+        descendants.signal_process(self.pid, signum)
 
     def wait(self, *, timeout: timedelta | None, grace: timedelta, stop: Stop) -> Ending:
         """Wait for the end of the process; bring it about after timeout (None: no limit) or a stop.
@@ -287,6 +301,16 @@ def _explain(error: StartError, spec: ProcessSpec) -> str:
     if error.step == "arguments":
         return "An argument or an environment variable of the command is not a valid text"
     return f"The command could not be started, {error.strerror}"
+
+
+def _name(error: StartError, spec: ProcessSpec) -> str:
+    """Return what else its author can use: which command, and what is wrong with it."""
+    if error.step != "exec":
+        return ""
+    number = error.errno or 0
+    if explain_exec_error(error.filename, number) == NOT_FOUND:
+        return describe_missing(spec.argv[0] if spec.argv else "", spec.env.get("PATH", os.defpath))
+    return describe_permission(error.filename, spec.user) if number in NOT_PERMITTED_ERRORS else ""
 
 
 def _read_all(fds: tuple[int, int], *, deadline: float) -> tuple[bytes, bytes]:

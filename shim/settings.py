@@ -232,6 +232,9 @@ class Settings:
     sigterm_grace: timedelta = _variable(
         "SIGTERM_GRACE_SECONDS", "5", _SECONDS, "from SIGTERM to SIGKILL"
     )
+    no_new_privileges: bool = _variable(
+        "NO_NEW_PRIVILEGES", "True", _FLAG, "`True` keeps setuid programs from helping the process"
+    )
     endpoint_url: str = _variable(
         "AWS_S3_ENDPOINT_URL",
         "",

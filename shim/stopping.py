@@ -1,4 +1,4 @@
-"""The request to stop, made by a signal handler and seen by every wait."""
+"""The request to stop, made for a signal and seen by every wait; signals that are the command's."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import os
 
 from shim.errors import TaskStopped
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class Stop:
-    """A request that is made once, never taken back, and that poll(2) can wait for."""
+    """A request that is made once, never taken back, and that poll(2) can wait for.
+
+    - signal_command: sends a signal to the command, while there is one
+    """
 
     def __init__(self) -> None:
+        self.signal_command: Callable[[int], None] | None = None
         self.signum: int | None = None
         self.count = 0
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

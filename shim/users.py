@@ -6,7 +6,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from shim.errors import UserSafeError
@@ -17,6 +19,7 @@ GROUP = Path("/etc/group")
 _NO_USER = "The user defined in the containers USER instruction does not exist"
 _NO_GROUP = "The group defined in the containers USER instruction does not exist"
 _INVALID = "Invalid argument for the containers USER instruction"
+_ALIAS = "The user defined in the containers USER instruction is root under another name"
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9._-]*\$?")
 _NUMBER = re.compile(r"0*([0-9]{1,10})")
@@ -38,11 +41,28 @@ class User:
     name: str | None = None
 
 
-def resolve_user(user: str, *, passwd: Path = PASSWD, group: Path = GROUP) -> User:
+@cache
+def resolve_user(user: str) -> User:
+    """Return what find_user does of the image's own files, and the same for ever.
+
+    Some images let their user write these files: what it writes names nobody for later tasks.
+    """
+    return find_user(user, passwd=PASSWD, group=GROUP)
+
+
+def is_ourselves(user: str) -> bool:
+    """Tell whether a command of the image's USER runs under our own uid; False for nobody."""
+    with suppress(UserSafeError):
+        return resolve_user(user).uid in (None, os.geteuid())
+    return False
+
+
+def find_user(user: str, *, passwd: Path, group: Path) -> User:
     """Resolve `user`, `user:group` or `:group`; each is a name or a number, known or not.
 
     The groups are the primary one, then the memberships in order, also with an explicit group.
-    Raises UserSafeError when a name does not exist, or the argument is not of this form.
+    Raises UserSafeError when a name does not exist, is root's under another name, or the argument
+    is not of this form.
     """
     if not user:
         return User()
@@ -72,6 +92,8 @@ def _find_user(wanted: str, passwd: Path) -> User:
         if uid is None or gid is None:
             continue
         if name == wanted if wanted_uid is None else uid == wanted_uid:
+            if uid == 0 and wanted_uid is None and name != "root":
+                raise UserSafeError(_ALIAS)
             return User(uid=uid, gid=gid, home=home or "/", name=name)
     if wanted_uid is None:
         raise UserSafeError(_NO_USER if _NAME.fullmatch(wanted) else _INVALID)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,82 @@ def test_command_that_only_root_may_execute_is_not_permitted(
     user = User(uid=UNPRIVILEGED_UID, gid=UNPRIVILEGED_UID)
     actual = sentence(command(b"#!/bin/sh\n", 0o700), user=user)
     assert actual.startswith("The user defined in the containers USER instruction does not have")
+
+
+def note(*argv: str, **options: object) -> str:
+    """Return what the author is told beside the sentence that platforms know."""
+    with pytest.raises(UserSafeError) as caught:
+        run(*argv, **options)
+    (text,) = caught.value.__notes__
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("none", "The command 'none' is in none of the directories of PATH, '/bin:/usr/bin'"),
+        ("/none/x", "The command '/none/x' does not exist"),
+        (
+            "./none",
+            f"The command './none' does not exist in the working directory, {os.getcwd()!r}",
+        ),
+        ("no\nne", "The command 'no\\nne' is in none of the directories of PATH, '/bin:/usr/bin'"),
+        ("", "The name of the command is empty"),
+    ],
+)
+def test_missing_command_is_named_beside_its_sentence(name: str, expected: str) -> None:
+    assert expected == note(name, env={"PATH": "/bin:/usr/bin"})
+
+
+NOBODY = User(uid=UNPRIVILEGED_UID, gid=UNPRIVILEGED_UID)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Yield a directory that everybody may enter."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mode", "directory_mode", "user", "expected"),
+    [
+        (0o644, 0o755, User(), "The file {path!r} is not executable: chmod +x it"),
+        (0o666, 0o755, NOBODY, "The file {path!r} is not executable: chmod +x it"),
+        (0o700, 0o755, NOBODY, "The file {path!r} has mode 0700 and belongs to uid 0 and gid 0: "),
+        (0o4750, 0o755, NOBODY, "The file {path!r} has mode 4750 and belongs to uid 0 and gid 0: "),
+        (0o755, 0o700, NOBODY, "The user may not enter the directory {parent!r}, where {path!r}"),
+    ],
+)
+def test_what_the_user_may_not_execute_is_named_beside_its_sentence(
+    place: Path, mode: int, directory_mode: int, user: User, expected: str
+) -> None:
+    parent = place / "bin"
+    parent.mkdir()
+    path = parent / "tool"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(mode)
+    parent.chmod(directory_mode)
+    shown = expected.format(path=str(path), parent=str(parent))
+    assert note(str(path), user=user).startswith(shown)
+
+
+@needs_root
+def test_an_interpreter_that_is_not_executable_is_named(place: Path) -> None:
+    interpreter, script = place / "interpreter", place / "script"
+    interpreter.write_bytes(Path("/bin/true").read_bytes())
+    script.write_text(f"#!{interpreter} -x\n")
+    script.chmod(0o755)
+    expected = f"The file {str(interpreter)!r} is not executable: chmod +x it"
+    assert note(str(script), user=NOBODY).startswith(expected)
+
+
+def test_a_sentence_of_our_own_needs_no_note(tmp_path: Path) -> None:
+    with pytest.raises(UserSafeError) as caught:
+        run(str(tmp_path))
+    assert [] == getattr(caught.value, "__notes__", [])
 
 
 def test_directory_is_told(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -15,8 +17,19 @@ from pathlib import Path
 import pytest
 
 from shim.errors import UserSafeError
+from shim.privacy import find_prctl
 from shim.users import User
-from tests.processes import ENVIRONMENT, PYTHON, begin, count_zombies, open_fds, run
+from tests.processes import (
+    ENVIRONMENT,
+    GRACE,
+    NEVER,
+    PYTHON,
+    begin,
+    close,
+    count_zombies,
+    open_fds,
+    run,
+)
 from tests.support import UNPRIVILEGED_UID, needs_root, signal_set
 
 NOBODY = User(uid=UNPRIVILEGED_UID, gid=UNPRIVILEGED_UID, groups=(UNPRIVILEGED_UID, 4, 20))
@@ -146,6 +159,144 @@ def test_our_supplementary_groups_are_always_dropped(user: User) -> None:
 def test_user_can_open_the_streams_by_name() -> None:
     ran = run("sh", "-c", "echo out > /dev/stdout; echo err > /dev/stderr", user=NOBODY)
     assert ("out\n", "err\n") == (ran.stdout, ran.stderr)
+
+
+@pytest.fixture
+def privileged_cat() -> Iterator[Callable[[str], str]]:
+    """Yield what makes a copy of cat that gives who runs it more rights, and returns its path."""
+    with tempfile.TemporaryDirectory() as directory:
+        if os.statvfs(directory).f_flag & os.ST_NOSUID:
+            pytest.skip(f"needs a file system without nosuid, {directory} is on one")
+        os.chmod(directory, 0o755)
+        path = f"{directory}/cat"
+        shutil.copy("/bin/cat", path)
+
+        def grant(how: str) -> str:
+            os.chmod(path, {"setuid": 0o4755, "setgid": 0o2755}.get(how, 0o755))
+            if how == "capability":  # linux/capability.h: version 2, effective; all of the first 32
+                os.setxattr(
+                    path, "security.capability", struct.pack("<5I", 0x2000001, 255, *[0] * 3)
+                )
+            return path
+
+        yield grant
+
+
+RIGHTS = {
+    "setuid": ("Uid", [str(UNPRIVILEGED_UID), "0", "0", "0"]),
+    "setgid": ("Gid", [str(UNPRIVILEGED_UID), "0", "0", "0"]),
+    "capability": ("CapEff", ["00000000000000ff"]),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("how", RIGHTS)
+@pytest.mark.parametrize("through", ["", "exec", "true;"], ids=["itself", "exec", "a child"])
+def test_privileged_program_gives_the_command_nothing_unless_it_may(
+    privileged_cat: Callable[[str], str], how: str, through: str
+) -> None:
+    path = privileged_cat(how)
+    field, gained = RIGHTS[how]
+    argv = (path, "/proc/self/status")
+    if through:
+        argv = ("/bin/sh", "-c", f"{through} {path} /proc/self/status")
+
+    def rights(**options: bool) -> list[str]:
+        lines = run(*argv, user=NOBODY, **options).stdout.splitlines()
+        return next(line.split()[1:] for line in lines if line.startswith(f"{field}:"))
+
+    own = {"CapEff": ["0" * 16]}.get(field, [str(UNPRIVILEGED_UID)] * 4)
+    assert (own, gained) == (rights(), rights(no_new_privileges=False))
+
+
+def test_a_kernel_that_cannot_keep_privileges_away_is_told_of_and_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "_ctypes", None)  # as in a Python built without it
+    find_prctl.cache_clear()
+    try:
+        process = begin("echo", "x")
+    finally:
+        find_prctl.cache_clear()
+    process.wait(timeout=None, grace=GRACE, stop=NEVER)
+    assert ("x\n", "") == close(process)
+    assert (
+        "The command may gain privileges from setuid programs: "
+        "the kernel refuses PR_SET_NO_NEW_PRIVS",
+    ) == process.warnings
+
+
+# What a container without rights looks like, and the uid that the shim has in it.
+WITHOUT_RIGHTS = {
+    "rootless": ["unshare", "--user", "--map-root-user"],
+    "no capabilities": ["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
+    "neither root": [],
+}
+
+
+def start_without_rights(how: str, groups: str, user: User) -> str:
+    """Return the warnings of a command's start and what it is, or what refuses it."""
+    program = """
+import os, sys
+from shim.privacy import find_prctl
+from shim.users import User
+from tests.processes import GRACE, NEVER, begin, close
+find_prctl()  # while the interpreter's files can be read
+if sys.argv[1] == "neither root":
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+try:
+    process = begin("sh", "-c", "echo $(id -u; id -g; id -G)", user=eval(sys.argv[2]))
+except Exception as error:
+    sys.exit(str(error))
+process.wait(timeout=None, grace=GRACE, stop=NEVER)
+print(*process.warnings, *close(process))
+"""
+    done = subprocess.run(
+        ["setpriv", *groups.split(), *WITHOUT_RIGHTS[how], PYTHON, "-c", program, how, repr(user)],
+        capture_output=True,
+        text=True,
+    )
+    return (done.stdout + done.stderr).strip()
+
+
+KEEPS_GROUPS = (
+    "The command keeps the supplementary groups that this program was started with: "
+    "setting others is not permitted here"
+)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("how", "groups", "user", "expected"),
+    [
+        ("rootless", "--groups=0", User(uid=0, gid=0, groups=(0,)), "0 0 0"),
+        ("rootless", "--clear-groups", User(uid=0, gid=0, groups=(0,)), "0 0 0"),
+        ("rootless", "--groups=0", User(uid=0, gid=0), "0 0 0"),
+        ("rootless", "--groups=0", User(), "0 0 0"),
+        (
+            "rootless",
+            "--groups=0,4",
+            User(uid=0, gid=0, groups=(0,)),
+            f"{KEEPS_GROUPS} 0 0 0 65534",
+        ),
+        ("no capabilities", "--groups=0", User(uid=0, gid=0, groups=(0,)), "0 0 0"),
+        ("no capabilities", "--groups=0,4", User(uid=0, gid=0), f"{KEEPS_GROUPS} 0 0 0 4"),
+        ("neither root", "--clear-groups", NOBODY, "65534 65534 65534"),
+    ],
+)
+def test_nothing_is_switched_that_is_right_already(
+    how: str, groups: str, user: User, expected: str
+) -> None:
+    if how == "rootless" and subprocess.run([*WITHOUT_RIGHTS[how], "true"]).returncode:
+        pytest.skip("needs util-linux's unshare and the right to make user namespaces")
+    assert expected == start_without_rights(how, groups, user)
+
+
+@needs_root
+@pytest.mark.parametrize("user", [NOBODY, User(uid=0, gid=5), User(uid=5, gid=0)])
+def test_a_switch_that_is_not_permitted_is_refused(user: User) -> None:
+    assert "cannot be run as uid" in start_without_rights("no capabilities", "--groups=0", user)
 
 
 def test_memory_limit_is_of_the_command_and_not_of_us() -> None:

@@ -58,6 +58,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         health_check_call_timeout=timedelta(seconds=10),
         user_webserver_port=4743,
         sigterm_grace=timedelta(seconds=5),
+        no_new_privileges=True,
         endpoint_url="",
         log_level="INFO",
         warnings=(),

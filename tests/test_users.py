@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shim.errors import UserSafeError
-from shim.users import User, may_read, resolve_user
+from shim.users import User, find_user, may_read, resolve_user
 
 NO_USER = "The user defined in the containers USER instruction does not exist"
 NO_GROUP = "The group defined in the containers USER instruction does not exist"
 INVALID = "Invalid argument for the containers USER instruction"
+ALIAS = "The user defined in the containers USER instruction is root under another name"
 
 PASSWD = """\
 root:x:0:0:root:/root:/bin/bash
@@ -32,6 +33,11 @@ _apt:x:42:65534::/nonexistent:/usr/sbin/nologin
 1234:x:7:7:a number for a name:/seven:/bin/sh
 short:x:8:8
 carriage:x:9:9::/home/carriage:/bin/sh\r
+toor:x:0:0::/root:/bin/sh
+zeros:x:000:1000::/root:/bin/sh
+root:x:11:11:not the first:/home/eleven:/bin/sh
+0x0:x:12:0:an odd name:/home/odd:/bin/sh
+\u0660:x:\u0660:0:a digit of another script:/home/digit:/bin/sh
 last:x:10:10::/home/last:/bin/sh"""
 
 GROUP = """\
@@ -61,6 +67,12 @@ ALICE = User(uid=1000, gid=1000, groups=(1000, 29, 999), home="/home/alice", nam
     [
         ("", User()),
         ("root", User(uid=0, gid=0, groups=(0,), home="/root", name="root")),
+        ("0", User(uid=0, gid=0, groups=(0,), home="/root", name="root")),
+        ("000:audio", User(uid=0, gid=29, groups=(29, 0), home="/root", name="root")),
+        (
+            "alice:root",
+            User(uid=1000, gid=0, groups=(0, 29, 999, 1000), home="/home/alice", name="alice"),
+        ),
         ("alice", ALICE),
         ("alice:", ALICE),
         ("1000", ALICE),
@@ -89,12 +101,17 @@ ALICE = User(uid=1000, gid=1000, groups=(1000, 29, 999), home="/home/alice", nam
     ],
 )
 def test_resolves_users(files: dict[str, Path], user: str, expected: User) -> None:
-    assert expected == resolve_user(user, **files)
+    assert expected == find_user(user, **files)
 
 
 @pytest.mark.parametrize(
     ("user", "message"),
     [
+        ("toor", ALIAS),
+        ("toor:alice", ALIAS),
+        ("toor:1000", ALIAS),
+        ("zeros", ALIAS),
+        ("0x0x", INVALID),
         ("nobody-here", NO_USER),
         ("broken", NO_USER),
         ("huge", NO_USER),
@@ -120,15 +137,36 @@ def test_refuses_users_in_the_words_of_the_interface(
     files: dict[str, Path], user: str, message: str
 ) -> None:
     with pytest.raises(UserSafeError) as caught:
-        resolve_user(user, **files)
+        find_user(user, **files)
     assert message == str(caught.value)
+
+
+def test_root_is_who_has_the_name_first(tmp_path: Path) -> None:
+    path = tmp_path / "passwd"
+    path.write_text("root:x:5:5::/five:\nroot:x:0:0::/root:\n")
+    assert 5 == find_user("root", passwd=path, group=path).uid
+
+
+def test_what_the_user_writes_later_changes_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "passwd"
+    path.write_text("app:x:1001:0::/app:\n")
+    monkeypatch.setattr("shim.users.PASSWD", path)
+    resolve_user.cache_clear()
+    try:
+        before = resolve_user("app")
+        path.write_text("app:x:7:0::/app:\n")
+        assert before == resolve_user("app")
+    finally:
+        resolve_user.cache_clear()
 
 
 def test_files_may_be_missing(tmp_path: Path) -> None:
     files = {"passwd": tmp_path / "passwd", "group": tmp_path / "group"}
-    assert User(uid=5, gid=6, groups=(6,), home="/") == resolve_user("5:6", **files)
+    assert User(uid=5, gid=6, groups=(6,), home="/") == find_user("5:6", **files)
     with pytest.raises(UserSafeError, match=NO_USER):
-        resolve_user("root", **files)
+        find_user("root", **files)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "device", "dangling", "loop"])
@@ -142,7 +180,7 @@ def test_special_files_count_as_missing(tmp_path: Path, kind: str) -> None:
         path.symlink_to({"device": "/dev/zero", "dangling": "nowhere", "loop": "passwd"}[kind])
     resolved: list[User] = []
     thread = threading.Thread(
-        target=lambda: resolved.append(resolve_user("5", passwd=path, group=path)), daemon=True
+        target=lambda: resolved.append(find_user("5", passwd=path, group=path)), daemon=True
     )
     thread.start()
     thread.join(10)
@@ -152,7 +190,7 @@ def test_special_files_count_as_missing(tmp_path: Path, kind: str) -> None:
 def test_links_are_followed(files: dict[str, Path], tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(files["passwd"])
-    assert ALICE == resolve_user("alice", passwd=link, group=files["group"])
+    assert ALICE == find_user("alice", passwd=link, group=files["group"])
 
 
 def test_lines_without_end_are_skipped_in_bounded_memory(tmp_path: Path) -> None:
@@ -166,8 +204,8 @@ def test_lines_without_end_are_skipped_in_bounded_memory(tmp_path: Path) -> None
         file.seek(300 * 1024**2)
         file.write(b":x:1:1::/tail:\nalice:x:1000:1000::/home/alice:\n")
     code = (
-        "import sys; from pathlib import Path; from shim.users import resolve_user;"
-        "print(resolve_user('alice', passwd=Path(sys.argv[1]), group=Path('/none')).uid)"
+        "import sys; from pathlib import Path; from shim.users import find_user;"
+        "print(find_user('alice', passwd=Path(sys.argv[1]), group=Path('/none')).uid)"
     )
     limit = 200 * 1024**2
     done = subprocess.run(
@@ -185,13 +223,13 @@ def test_a_line_as_long_as_the_limit_is_skipped_and_the_next_one_read(tmp_path: 
     for length in range(1024 * 1024 - 2, 1024 * 1024 + 3):
         line = b"a:x:1:1:" + b"x" * (length - 9) + b"\n"
         path.write_bytes(line + b"b:x:2:2::/b:\n")
-        assert "/b" == resolve_user("b", passwd=path, group=path).home
+        assert "/b" == find_user("b", passwd=path, group=path).home
 
 
 def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     path = tmp_path / "passwd"
     path.write_bytes(b"\xff\xfe:x:5:5::/odd:\nalice:x:6:6::/home/\xff:\n")
-    assert os.fsdecode(b"/home/\xff") == resolve_user("alice", passwd=path, group=path).home
+    assert os.fsdecode(b"/home/\xff") == find_user("alice", passwd=path, group=path).home
 
 
 NAMES = st.sampled_from(["root", "alice", "bob", "_apt", "12", "7"])
@@ -222,6 +260,8 @@ def test_agrees_with_the_rules_stated_over_parsed_files(
         if not found and not user.isdigit():
             return NO_USER
         name, uid, own_gid = found[0] if found else (None, int(user), 0)
+        if uid == 0 and user not in ("0", "root"):
+            return ALIAS
         gids = [g for n, g, _ in group_entries if n == group and not group.isdigit()]
         if group and not gids and not group.isdigit():
             return NO_GROUP
@@ -233,7 +273,7 @@ def test_agrees_with_the_rules_stated_over_parsed_files(
 
     def actual() -> User | str:
         try:
-            return resolve_user(f"{user}:{group}", passwd=passwd_path, group=group_path)
+            return find_user(f"{user}:{group}", passwd=passwd_path, group=group_path)
         except UserSafeError as error:
             return str(error)
 

@@ -85,7 +85,7 @@ class DirectoryStore:
                 key = before + slash + os.path.relpath(path, directory)
                 if key.startswith(prefix) and os.path.isfile(path):
                     keys.append((key, path))
-        for key, path in sorted(keys, key=lambda item: item[0].encode()):
+        for key, path in sorted(keys, key=lambda item: os.fsencode(item[0])):
             yield ObjectSummary(key=key, size=os.path.getsize(path))
 
     def open(self, bucket: str, key: str) -> BinaryIO:

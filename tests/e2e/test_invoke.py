@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 import zipfile
@@ -356,6 +357,48 @@ def test_a_signal_that_ended_the_command_is_negative(platform: Platform) -> None
     assert -signal.SIGSEGV == platform.result()["return_code"]
 
 
+@pytest.mark.parametrize(
+    ("script", "return_code", "expected"),
+    [
+        ("kill -SEGV $$", -11, ["The algorithm was ended by signal 11 (SIGSEGV)"]),
+        ("kill -KILL $$", -9, ["The algorithm was ended by signal 9 (SIGKILL)"]),
+        ("kill -TERM $$", -15, ["The algorithm was ended by signal 15 (SIGTERM)"]),
+        ("kill -34 $$", -34, ["The algorithm was ended by signal 34 (SIGRTMIN)"]),
+        ("kill -35 $$", -35, ["The algorithm was ended by signal 35"]),
+        ("sh -c 'kill -ABRT $$'", 134, ["What the algorithm ran was ended by signal 6 (SIGABRT)"]),
+        ("exit 143", 143, []),
+        ("exit 128", 128, []),
+        ("exit 255", 255, []),
+    ],
+)
+def test_the_signal_that_ended_the_command_is_named(
+    platform: Platform, script: str, return_code: int, expected: list[str]
+) -> None:
+    platform.script(script)
+    job = platform.invoke(platform.task())
+    result = platform.result()
+    assert (return_code, "") == (result["return_code"], result["user_safe_error_message"])
+    assert expected == job.texts(level="ERROR", internal=False, task="t")
+
+
+@needs_root
+def test_setuid_programs_give_nothing_unless_the_platform_allows_it(platform: Platform) -> None:
+    if os.statvfs(platform.root).f_flag & os.ST_NOSUID:
+        pytest.skip("needs a file system without nosuid")
+    shutil.copy("/bin/cat", platform.root / "cat")
+    (platform.root / "cat").chmod(0o4755)
+    secret = platform.root / "secret"
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    platform.set(USER=str(UNPRIVILEGED_UID))
+    platform.script(f"{platform.root}/cat {secret}")
+    assert [] == platform.invoke(platform.task()).texts(level="INFO", internal=False)
+    assert 1 == platform.result()["return_code"]
+    platform.set(NO_NEW_PRIVILEGES="False")
+    job = platform.invoke(platform.task())
+    assert (0, ["secret"]) == (job.code, job.texts(level="INFO", internal=False))
+
+
 @needs_root
 def test_a_full_shared_memory_is_named(platform: Platform) -> None:
     write = "with open('/dev/shm/x','wb') as f: f.truncate(1 << 26)\nimport mmap\n"
@@ -453,12 +496,16 @@ def test_a_command_that_does_not_exist_is_said_so(platform: Platform) -> None:
     result = platform.result()
     assert (0, 1, NOT_FOUND) == (job.code, result["return_code"], result["user_safe_error_message"])
     assert result["exec_duration"] is None
+    assert ["The command '/no/such/command' does not exist", NOT_FOUND] == job.texts(
+        level="ERROR", internal=False, task="t"
+    )
 
 
 def test_a_command_that_may_not_be_run_is_said_so(platform: Platform) -> None:
     (platform.root / "file").write_text("#!/bin/sh\n")
     platform.command(f"{platform.root}/file")
-    platform.invoke(platform.task())
+    job = platform.invoke(platform.task())
+    assert f"The file '{platform.root}/file' is not executable" in "".join(job.texts(task="t"))
     assert NOT_PERMITTED == platform.result()["user_safe_error_message"]
 
 

@@ -75,7 +75,7 @@ def test_a_task_is_run_and_its_result_returned(platform: Platform) -> None:
         assert b"x" == platform.get("out/t/b")
         job = server.end()
     assert 0 == job.code
-    texts = job.texts(internal=True)
+    texts = job.texts(level="INFO", internal=True)
     assert ["Not setting a memory limit", "Starting the model server"] == texts[:2]
     assert "Model server stopped" == texts[-1]
     assert ["hello"] == job.texts(internal=False, task="t")

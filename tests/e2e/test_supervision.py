@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -17,11 +19,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.platform import IS_PYTHON, SIGNING_KEY, Finished, Platform, finish
+from shim.cli import COMMAND_SIGNALS, STOP_SIGNALS
+from tests.e2e.platform import IS_PYTHON, SIGNING_KEY, Finished, P, Platform, finish
 from tests.e2e.test_serve import serving
-from tests.support import UNPRIVILEGED_UID, can_unshare, needs_root, poll, signal_set
+from tests.support import UNPRIVILEGED_UID, can_unshare, free_port, needs_root, poll, signal_set
 
 STOPPED = "The task was stopped before it finished"
+
+
+needs_python_form = pytest.mark.skipif(
+    not IS_PYTHON, reason="what the launcher of the binary passes on is tested with the binary"
+)
 
 
 needs_namespaces = pytest.mark.skipif(
@@ -267,8 +275,11 @@ def test_a_signal_ends_a_download_that_hangs(supervised: Platform) -> None:
             assert time.monotonic() - began < 20
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGQUIT])
-def test_what_ends_a_terminal_stops_the_task_too(
+@pytest.mark.parametrize(
+    "signum",
+    sorted(STOP_SIGNALS - {signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ}),
+)
+def test_whatever_else_would_end_us_stops_the_task_too(
     platform: Platform, signum: signal.Signals
 ) -> None:
     platform.script("touch $O/begun; sleep 60")
@@ -280,6 +291,98 @@ def test_what_ends_a_terminal_stops_the_task_too(
     expected = 128 + signum if IS_PYTHON else -signum
     assert expected == finish(process, seconds=20).code
     assert STOPPED == platform.result()["user_safe_error_message"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGPIPE, signal.SIGXFSZ])
+def test_what_a_write_can_bring_upon_us_stops_nothing(
+    platform: Platform, signum: signal.Signals
+) -> None:
+    platform.script("touch $O/begun; while ! test -e $O/go; do sleep 0.05; done")
+    process = platform.start("invoke", "-t", json.dumps([platform.task()]))
+    poll((platform.root / "output/begun").exists)
+    os.kill(shim_pid(process), signum)
+    time.sleep(0.2)
+    (platform.root / "output/go").touch()
+    assert 0 == finish(process, seconds=20).code
+    assert 0 == platform.result()["return_code"]
+
+
+COMMAND = """
+import os, signal, sys
+child = os.fork()
+mark = lambda name: open(f"{sys.argv[1]}/{name}", "w").close()
+for number in map(int, sys.argv[2:]):
+    signal.signal(number, lambda n, _: mark(f"{n}-{'parent' if child else 'child'}"))
+if not child:
+    while True:
+        signal.pause()
+mark("begun")
+wanted = {f"{n}-parent" for n in sys.argv[2:]}
+while not wanted <= set(os.listdir(sys.argv[1])):
+    signal.sigtimedwait([], 0.05)
+"""
+
+
+@needs_python_form
+def test_a_signal_for_the_command_reaches_it_alone(supervised: Platform) -> None:
+    """As the engine that started the image would have sent it to the first process alone."""
+    signals = sorted(COMMAND_SIGNALS)
+    output = supervised.root / "output"
+    numbers = [str(int(signum)) for signum in signals]
+    supervised.command(sys.executable, "-c", COMMAND, str(output), *numbers)
+    process = supervised.start("invoke", "-t", json.dumps([supervised.task()]))
+    poll((output / "begun").exists)
+    for signum in signals:
+        os.kill(shim_pid(process), signum)
+    job = finish(process, seconds=20)
+    assert (0, 0) == (job.code, supervised.result()["return_code"])
+    received = {output["relative_path"] for output in supervised.result()["outputs"]} - {"begun"}
+    assert {f"{number}-parent" for number in numbers} == received
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGWINCH, signal.SIGRTMAX])
+def test_a_signal_for_no_command_changes_nothing(
+    platform: Platform, signum: signal.Signals
+) -> None:
+    process = platform.start("invoke", "-f", "-", stdin=subprocess.PIPE)
+    poll(lambda: takes_signals(shim_pid(process)))
+    os.kill(shim_pid(process), signum)
+    job = finish(process, stdin="[]", seconds=20)
+    assert 2 == job.code
+    assert "Empty task list provided" in job.stderr
+
+
+def takes_signals(pid: int) -> bool:
+    """Tell whether a shim has a thread that waits for those signals alone that are for it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    blocked = signal_set(status.partition("SigBlk:")[2].split()[0])
+    return signal.SIGTERM in blocked and signal.SIGTSTP not in blocked
+
+
+# What a shim that is stopped may leave with; -SIGTERM before Python has run anything of ours.
+@pytest.mark.parametrize("command", ["serve", "invoke", "--help"])
+def test_no_signal_at_any_moment_gives_another_exit_code(platform: Platform, command: str) -> None:
+    """Two in a row, at the start, while idle and above all in the last milliseconds."""
+    platform.environ.pop(f"{P}RUNTIME_OUTPUT_BUCKET_NAME")
+    platform.script("exec sleep 0.05")
+    arguments = {
+        "serve": ["serve", "--port", str(free_port())],
+        "invoke": ["invoke", "-t", json.dumps([platform.task()])],
+        "--help": ["--help"],
+    }[command]
+    allowed = {"serve": {0}, "invoke": {0, 143, 130}, "--help": {0}}[command]
+    codes = []
+    generator = random.Random(12)
+    for _ in range(25):
+        process = platform.start(*arguments)
+        poll(lambda process=process: takes_signals(process.pid), every=0.001)
+        time.sleep(generator.uniform(0, 0.2 if command != "--help" else 0.02))
+        while process.poll() is None:
+            process.send_signal(generator.choice([signal.SIGTERM, signal.SIGINT]))
+            time.sleep(generator.uniform(0, 0.02))
+        process.communicate()
+        codes.append(process.returncode)
+    assert set() == set(codes) - allowed
 
 
 def test_a_signal_ends_the_wait_for_standard_input(supervised: Platform) -> None:
@@ -334,6 +437,100 @@ def test_the_images_user_cannot_read_the_signing_key(supervised: Platform, theft
     for text in (job.stdout, job.stderr, uploaded.decode(errors="replace")):
         assert SIGNING_KEY.hex() not in text
         assert "root:" not in text
+
+
+# The same by a user who is the shim's own.
+SEARCH = """
+import os, re, sys
+found, opened = 0, 0
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    if int(pid) == os.getpid():
+        continue
+    try:
+        with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+            opened += 1
+            for start, end in re.findall("^(\\w+)-(\\w+) r", maps.read(), re.M):
+                try:
+                    memory.seek(int(start, 16))
+                    content = memory.read(int(end, 16) - int(start, 16))
+                    found += bytes.fromhex(sys.argv[1][::-1]) in content
+                except (OSError, ValueError):
+                    pass
+    except OSError:
+        pass
+print(f"searched {opened} processes, found {found}")
+"""
+OWN_THEFTS = {
+    **{name: theft for name, theft in THEFTS.items() if name != "core"},  # which stops a shim
+    "open files": "ls -l /proc/$PPID/fd/ | grep .",
+    "attached": "strace -p $PPID -o /dev/stdout & sleep 0.3; kill %1; cat /proc/$PPID/status",
+}
+
+
+def leave_root_alone(platform: Platform) -> None:
+    """Have the shim run by somebody else than root, who has no other process in sight."""
+    platform.leave_root()
+    identity = [f"--reuid={UNPRIVILEGED_UID}", f"--regid={UNPRIVILEGED_UID}", "--clear-groups"]
+    platform.wrapper = [*AS_PID_1, "setpriv", *identity, "--"]
+    platform.identity = {}
+
+
+@needs_namespaces
+@needs_root
+@pytest.mark.parametrize("theft", OWN_THEFTS.values(), ids=OWN_THEFTS)
+def test_a_shim_that_is_not_root_keeps_its_key_from_its_own_user(
+    platform: Platform, theft: str
+) -> None:
+    platform.environ["LOG_LEVEL"] = "DEBUG"
+    platform.script(f"({theft}) 2>&1; true")
+    leave_root_alone(platform)
+    job = platform.invoke(platform.task())
+    assert (0, 0) == (job.code, platform.result()["return_code"])
+    assert SIGNING_KEY.hex() not in job.stdout + job.stderr
+    (warning,) = [text for text in job.texts(level="WARNING", internal=True) if "key" in text]
+    assert warning.startswith("The signing key cannot be kept from a command that runs under")
+    if theft == OWN_THEFTS["attached"]:
+        assert "TracerPid:\t0" in job.texts(internal=False)
+    if theft == OWN_THEFTS["open files"]:
+        assert not any("->" in text for text in job.texts(internal=False))
+
+
+@needs_namespaces
+@needs_root
+@pytest.mark.parametrize("identity", ["its own user", "another"])
+def test_the_key_is_in_no_memory_that_the_user_can_read(platform: Platform, identity: str) -> None:
+    python = "/usr/bin/python3"
+    if not os.access(python, os.X_OK):
+        pytest.skip("needs a Python that everybody can run, such as Debian's python3")
+    platform.command(python, "-c", SEARCH, SIGNING_KEY.hex()[::-1])
+    if identity == "another":
+        platform.set(USER=str(UNPRIVILEGED_UID))
+        platform.wrapper = AS_PID_1
+    else:
+        leave_root_alone(platform)
+    job = platform.invoke(platform.task())
+    assert ["searched 0 processes, found 0"] == job.texts(internal=False)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("user", "key", "expected"),
+    [
+        ("", "00", True),
+        ("0", "00", True),
+        ("root:4", "00", True),
+        ("7", "00", False),
+        ("", "", False),
+    ],
+)
+def test_a_key_that_the_command_could_read_is_told_of(
+    platform: Platform, user: str, key: str, expected: bool
+) -> None:
+    platform.set(USER=user, SIGNING_KEY_HEX=key)
+    platform.script("true")
+    job = platform.invoke(platform.task())
+    warnings = job.texts(level="WARNING", internal=True)
+    assert expected == any(text.startswith("The signing key cannot be kept") for text in warnings)
 
 
 @needs_root
