@@ -22,7 +22,7 @@ from shim import __version__
 from shim.command import child_environment
 from shim.durations import format_duration
 from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
-from shim.frozen import carried_bundle, describe, follow_launcher, settle, take_environment
+from shim.frozen import carried_bundle, describe, settle, take_environment
 from shim.logs import Log
 from shim.modes import ExecMode
 from shim.runner import PlatformFailure, Runner
@@ -158,7 +158,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Blocked since the very first statement.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    follow_launcher(lambda: stop.request(signal.SIGHUP))
     arguments = argparse.Namespace()
     try:
         environ = take_environment(os.environ)
