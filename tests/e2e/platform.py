@@ -26,7 +26,7 @@ P = "GRAND_CHALLENGE_COMPONENT_"
 ROOT = Path(__file__).parents[2]
 # What is tested: `python -m shim` from the checkout, or any other command that this variable names.
 COMMAND = shlex.split(os.environ.get("SHIM_COMMAND", "")) or [sys.executable, "-m", "shim"]
-IS_PYTHON = len(COMMAND) > 1  # and no binary, which has a launcher of its own
+IS_PYTHON = len(COMMAND) > 1
 SIGNING_KEY = bytes(range(32))
 
 

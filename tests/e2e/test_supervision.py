@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.platform import IS_PYTHON, SIGNING_KEY, Finished, Platform, finish
+from tests.e2e.platform import SIGNING_KEY, Finished, Platform, finish
 from tests.support import UNPRIVILEGED_UID, needs_root, poll, signal_set
 
 STOPPED = "The task was stopped before it finished"
@@ -154,9 +154,7 @@ def test_what_ends_a_terminal_stops_the_task_too(
     process = platform.start("invoke", "-t", json.dumps([platform.task()]))
     poll((platform.root / "output/begun").exists)
     process.send_signal(signum)
-    # The binary's launcher dies of it, and the shim notices.
-    expected = 128 + signum if IS_PYTHON else -signum
-    assert expected == finish(process, seconds=20).code
+    assert 128 + signum == finish(process, seconds=20).code
     assert STOPPED == platform.result()["user_safe_error_message"]
 
 
