@@ -38,6 +38,8 @@ NAMES = {
     "zipapp": f"{PROGRAM}-{VERSION}.pyz",
 }
 CHECKSUMS = "checksums.txt"
+# Of the zipapp's modules, those that run before all others.
+FIRST = ("__main__", "shim/__init__", "shim/__main__")
 TOOLS = {
     "patchelf": "patchelf",
     "objdump": "binutils",
@@ -190,14 +192,17 @@ def make_zipapp() -> bytes:
         for name, data in members.items():
             member = zipfile.ZipInfo(name)  # of 1980
             member.external_attr = 0o644 << 16
-            archive.writestr(member, data, zipfile.ZIP_DEFLATED, 9)
+            # zlib is looked for along sys.path, which these are there to clean first.
+            method = zipfile.ZIP_STORED if name.startswith(FIRST) else zipfile.ZIP_DEFLATED
+            archive.writestr(member, data, method, 9)
     return buffer.getvalue()
 
 
 def compile_module(path: Path, name: str) -> bytes:
     """Return the .pyc of a source that is never compared with it (PEP 552: hash-based, unchecked)."""
     source = path.read_bytes()
-    code = compile(source, name, "exec", dont_inherit=True)
+    # A traceback looks for no file of such a name: what lies there would be the user's.
+    code = compile(source, f"<{name}>", "exec", dont_inherit=True)
     header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
     # Marshalled twice: the counts of references to a fresh code object leave their marks.
     copy = marshal.loads(marshal.dumps(code))

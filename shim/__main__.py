@@ -1,7 +1,22 @@
 """`python -m shim`: the command line from a checkout, or frozen."""
 
-import signal
+import os
 import sys
+
+
+def is_working_directory(entry: str) -> bool:
+    """Say whether a place to look for modules in is where the process was started."""
+    try:
+        return os.path.samestat(os.stat(entry or "."), os.stat("."))
+    except OSError:
+        return False
+
+
+# `-m` looks there first, and the user may write there. Nothing so far was to be found in it but
+# this package, whose modules are found by its own path.
+sys.path[:] = [entry for entry in sys.path if not is_working_directory(entry)]
+
+import signal  # noqa: E402
 
 # Until there are handlers: main() lets them in. The launcher of the static binary blocks all.
 signal.pthread_sigmask(signal.SIG_SETMASK, (signal.SIGTERM, signal.SIGINT))

@@ -72,8 +72,12 @@ def carried_bundle() -> str:
 
 @cache
 def settle() -> None:
-    """Load all that is left to load, and remove the directory that it came from: rule 3."""
+    """Load all that is left to load, and remove the directory that it came from: rule 3.
+
+    Where nothing is frozen, what a failure needs: its report is to depend on nothing later.
+    """
     if not carried_bundle():
+        __import__("traceback")
         return
     with open(f"{_HOME}/{_MODULES}", encoding="ascii") as names:
         for name in names.read().split():
