@@ -1,4 +1,4 @@
-"""Where root's modules and the sources in its tracebacks come from: not from where the user writes."""
+"""What root imports, and shows of sources, comes from no place where the user writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def zipapp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["checkout", "installed", "zipapp"])
 def form(request: pytest.FixtureRequest) -> tuple[list[str], dict[str, str]]:
-    """A command that starts the shim, with the variables that it needs; the directory is the test's."""
+    """A command that starts the shim, with the variables that it needs, in the test's directory."""
     if request.param == "zipapp":
         command = [sys.executable, str(request.getfixturevalue("zipapp"))]
         return command, {"PYTHONPATH": f":{request.getfixturevalue('tmp_path')}:."}
