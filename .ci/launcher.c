@@ -32,6 +32,9 @@
 #define BLOCK 512           /* of a tar */
 #define PLACEHOLDER 256     /* staticx's MAX_INTERP_LEN and MAX_RPATH_LEN */
 #define ATTEMPTS 10
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 8U
+#endif
 
 struct member {
     const char *name, *target;
@@ -250,7 +253,10 @@ static int make_place(const char *root, struct place *place)
 /* Return a descriptor of the environment, each variable with its NUL, without a name. */
 static int save_environment(char **environment)
 {
-    int fd = move_up(memfd_create("environment", 0));
+    int fd = memfd_create("environment", MFD_NOEXEC_SEAL);
+    if (fd < 0) /* before Linux 6.3 */
+        fd = memfd_create("environment", 0);
+    fd = move_up(fd);
     if (fd < 0)
         fail("The kernel refuses memfd_create()");
     for (; *environment; environment++)

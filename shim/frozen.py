@@ -11,6 +11,7 @@ Rule 4: nothing is removed by its path, and only what has our lock.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import sys
@@ -56,7 +57,7 @@ def _read_variables(file: str | int) -> dict[str, str]:
     with open(file, encoding="utf-8", errors="surrogateescape", newline="") as stream:
         for entry in stream.read().split("\0"):
             name, separator, value = entry.partition("=")
-            if separator:
+            if name and separator:
                 variables.setdefault(name, value)  # of several with one name, the first counts
     return variables
 
@@ -101,24 +102,29 @@ def remove_directories() -> None:
         return
     with suppress(OSError):
         name = os.path.basename(os.readlink(f"/proc/self/fd/{directory}"))
-        parent = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
         contents = set(os.listdir(directory))
+        # By O_PATH: it may be writable and not readable.
+        parent = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
         _remove(directory, name, parent)
-        for other in os.listdir(parent):
-            if other.startswith(name[:-_RANDOM_CHARACTERS]) and other != name:
-                with suppress(OSError):
-                    _remove_leftover(other, parent, contents)
+        _remove_leftovers(name[:-_RANDOM_CHARACTERS], parent, contents)
         os.close(parent)
     os.close(directory)
 
 
-def _remove_leftover(name: str, parent: int, contents: set[str]) -> None:
-    from fcntl import LOCK_EX, LOCK_NB, flock
+def _remove_leftovers(prefix: str, parent: int, contents: set[str]) -> None:
+    listed = _open_directory(".", parent)
+    for name in os.listdir(listed):
+        if name.startswith(prefix):
+            with suppress(OSError):
+                _remove_leftover(name, parent, contents)
+    os.close(listed)
 
+
+def _remove_leftover(name: str, parent: int, contents: set[str]) -> None:
     directory = _open_directory(name, parent)
     try:
         status = os.fstat(directory)
-        flock(directory, LOCK_EX | LOCK_NB)
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         ours = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700
         if ours and contents.issuperset(os.listdir(directory)):
             _remove(directory, name, parent)
