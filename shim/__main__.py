@@ -19,7 +19,8 @@ sys.path[:] = [entry for entry in sys.path if not is_working_directory(entry)]
 import signal  # noqa: E402
 
 # Until there are handlers: main() lets them in. The launcher of the static binary blocks all.
-signal.pthread_sigmask(signal.SIG_SETMASK, (signal.SIGTERM, signal.SIGINT))
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+signal.pthread_sigmask(signal.SIG_SETMASK, STOP_SIGNALS)
 
 from shim.cli import main  # noqa: E402
 from shim.frozen import remove_directories  # noqa: E402

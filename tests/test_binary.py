@@ -241,6 +241,11 @@ def test_the_command_has_the_environment_of_the_image(root: Root) -> None:
     assert image == {name: value for name, value in seen.items() if name not in shell}
 
 
+def test_a_variable_keeps_its_line_breaks(root: Root) -> None:
+    script = """test "$TEXT" = "$(printf 'a\\r\\nb')" && echo same"""
+    assert (0, ["same"], "") == root.task(script, TEXT="a\r\nb")
+
+
 def test_a_library_path_is_not_made_up(root: Root) -> None:
     _, lines, _ = root.task("env")
     assert [] == [line for line in lines if line.startswith(("LD_", "OPENSSL_", "_", "STATICX"))]
@@ -596,6 +601,28 @@ def test_a_signal_to_pid_1_reaches_the_task(root: Root, signum: signal.Signals) 
         rest, _ = process.communicate(timeout=10)
     assert '"log": "bye"' in rest
     assert 128 + signum == process.returncode
+    assert [] == root.leftovers()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGQUIT])
+@pytest.mark.parametrize(("command", "codes"), [("serve", {0}), ("run", {143, 131})])
+def test_a_signal_while_it_unpacks_is_heard(
+    root: Root, command: str, codes: set[int], signum: signal.Signals
+) -> None:
+    """By PID 1 it would be lost if nobody kept it."""
+    (root.path / "in").mkdir(exist_ok=True)
+    lines = {
+        "serve": ["serve", "--port", str(free_port())],
+        "run": ["run", "--input", "/in", "--output", "/out"],
+    }
+    with root.start(*lines[command], environ=root.script("sleep 20")) as process:
+        try:
+            poll(root.leftovers, every=0.001)
+            os.kill(first_child(process.pid), signum)
+            process.communicate(timeout=15)
+        finally:
+            process.kill()
+    assert process.returncode in codes
     assert [] == root.leftovers()
 
 
