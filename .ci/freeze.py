@@ -138,7 +138,7 @@ def run_staticx(program: Path, launcher: Path, output: Path) -> None:
             member.mode = 0o755
             if file:
                 data = divert_loader(member.name, file.read())
-                packed = len(data).to_bytes(8, "little") + zlib.compress(data, 9)
+                packed = len(data).to_bytes(8, "little") + deflate(data)
                 sizes[member.name] = (len(data), len(packed))
                 file, member.size = io.BytesIO(packed), len(packed)
             tarfile.TarFile.addfile(archive, member, file)
@@ -156,6 +156,12 @@ def run_staticx(program: Path, launcher: Path, output: Path) -> None:
     packed = sum(packed for _, packed in sizes.values())
     sizes["launcher"] = (output.stat().st_size - packed,) * 2
     print_sizes(sizes)
+
+
+def deflate(data: bytes) -> bytes:
+    """Compress data, unless that only costs time: what zlib stores is unpacked by copying it."""
+    packed = zlib.compress(data, 9)
+    return packed if len(packed) < 0.9 * len(data) else zlib.compress(data, 0)
 
 
 def divert_loader(name: str, data: bytes) -> bytes:
