@@ -84,9 +84,6 @@ def settle() -> None:
         for name in names.read().split():
             with suppress(ImportError):  # one that needs what was left out
                 __import__(name)
-    ctypes = __import__("_ctypes")
-    # glibc asks for it by its name when a thread ends.
-    ctypes.dlopen(f"{_HOME}/{_LIBGCC}", os.RTLD_NOW)
     remove_directories()
 
 
@@ -101,6 +98,8 @@ def remove_directories() -> None:
     if directory is None:
         return
     with suppress(OSError):
+        # glibc asks for it by its name when a thread ends, and aborts without it.
+        __import__("_ctypes").dlopen(f"{_HOME}/{_LIBGCC}", os.RTLD_NOW)
         name = os.path.basename(os.readlink(f"/proc/self/fd/{directory}"))
         contents = set(os.listdir(directory))
         # By O_PATH: it may be writable and not readable.
