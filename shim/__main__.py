@@ -3,18 +3,15 @@
 import os
 import sys
 
-
-def is_working_directory(entry: str) -> bool:
-    """Say whether a place to look for modules in is where the process was started."""
-    try:
-        return os.path.samestat(os.stat(entry or "."), os.stat("."))
-    except OSError:
-        return False
-
-
-# `-m` looks there first, and the user may write there. Nothing so far was to be found in it but
-# this package, whose modules are found by its own path.
-sys.path[:] = [entry for entry in sys.path if not is_working_directory(entry)]
+# `-m` looks where the process was started first, and the user may write there. Nothing so far was
+# to be found in it but this package, whose modules are found by its own path.
+if os.path.isdir("."):
+    here = os.stat(".")
+    sys.path[:] = [
+        entry
+        for entry in sys.path
+        if not (os.path.isdir(entry or ".") and os.path.samestat(os.stat(entry or "."), here))
+    ]
 
 import signal  # noqa: E402
 
