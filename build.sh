@@ -128,7 +128,7 @@ frozen_interpreter() {
 # Make the form $1 of the shim in dist/; the last line printed is its path.
 run_freeze() {
   local python environment
-  ensure_debian python3-venv binutils patchelf
+  ensure_debian python3-venv binutils patchelf gcc musl-tools zlib1g-dev
   python=$(frozen_interpreter)
   ensure_debian "$("$python" -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])')"
   mkdir -p .venv

@@ -2,7 +2,8 @@
 
     python .ci/freeze.py binary | zipapp    make it, unless it is there for these sources
 
-The interpreter that runs this is the one that is frozen, by PyInstaller (shim.spec) and staticx.
+The interpreter that runs this is the one that is frozen, by PyInstaller (shim.spec) and staticx,
+whose bootloader launcher.c replaces.
 A build depends on nothing but the sources, the interpreter, the system's libraries and the versions
 in setup.cfg: neither on time, nor on the directory or the user.
 """
@@ -25,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,12 +38,28 @@ NAMES = {
     "zipapp": f"{PROGRAM}-{VERSION}.pyz",
 }
 CHECKSUMS = "checksums.txt"
-TOOLS = {"patchelf": "patchelf", "objdump": "binutils", "strip": "binutils", "ldd": "libc-bin"}
+# Of the zipapp's modules, those that run before all others.
+FIRST = ("__main__", "shim/__init__", "shim/__main__")
+TOOLS = {
+    "patchelf": "patchelf",
+    "objdump": "binutils",
+    "strip": "binutils",
+    "ldd": "libc-bin",
+    "gcc": "gcc",
+    "musl-gcc": "musl-tools",
+}
+# What glibc's loader reads, and names of the same length in a directory where nobody makes files.
+LOADER_FILES = {
+    b"\0/etc/ld.so.preload\0": b"\0/proc/self/preload\0",
+    b"\0/etc/ld.so.cache\0": b"\0/proc/self/cache\0",
+}
 
 
 def require_tools() -> None:
     """Leave with one sentence unless all is there that a build needs."""
     missing = {package for tool, package in TOOLS.items() if not shutil.which(tool)}
+    if "gcc" not in missing and not find_zlib():
+        missing.add("zlib1g-dev")
     try:
         if "libc-bin" not in missing:  # PyInstaller asks ldd as it is imported
             from PyInstaller.depend.bindepend import get_python_library_path
@@ -60,14 +78,13 @@ def make_binary() -> bytes:
     require_tools()
     with tempfile.TemporaryDirectory(prefix="shim-freeze-") as directory:
         build = Path(directory)
-        program = run_pyinstaller(build)
         output = build / "output"
-        run_staticx(program, output)
+        run_staticx(run_pyinstaller(build), compile_launcher(build), output)
         return output.read_bytes()
 
 
 def run_pyinstaller(build: Path) -> Path:
-    """Make the onefile executable that shim.spec describes."""
+    """Make what shim.spec describes: an executable, and `lib` beside it."""
     command = [sys.executable, "-m", "PyInstaller", "--clean", "--noconfirm", "--log-level=WARN"]
     command += [f"--distpath={build}", f"--workpath={build / 'work'}", ROOT / ".ci/shim.spec"]
     variables = {
@@ -77,39 +94,88 @@ def run_pyinstaller(build: Path) -> Path:
         "PYTHONNODEBUGRANGES": "1",  # columns, for pointing into sources that are not there
     }
     subprocess.run(command, cwd=build, env={**os.environ, **variables}, check=True)
-    return build / PROGRAM
+    return (build / "work/shim" / PROGRAM).rename(build / PROGRAM)
 
 
-def run_staticx(program: Path, output: Path) -> None:
-    """Wrap an executable with the libraries of the system that it needs, and print what is in it.
+def compile_launcher(build: Path) -> Path:
+    """Make the program that stands in the place of staticx's bootloader."""
+    launcher = build / "launcher"
+    command = ["musl-gcc", "-static", "-Os", "-Wall", "-Werror", "-ffile-prefix-map=/=."]
+    command += ["-idirafter", "/usr/include", ROOT / ".ci/launcher.c", find_zlib(), "-o", launcher]
+    subprocess.run(command, cwd=build, check=True)
+    return launcher
 
-    As `staticx --strip --no-compress` does, but for the times, owners and modes in the archive.
+
+def find_zlib() -> str:
+    """Return the path of the static library, which may be written for glibc; "" without one."""
+    command = ["gcc", "-print-file-name=libz.a"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return found if os.path.isabs(found) else ""
+
+
+def run_staticx(program: Path, launcher: Path, output: Path) -> None:
+    """Pack an executable and `lib` with the system's libraries that they need; print what is in it.
+
+    In the archive, each file is its length (8 bytes) and what zlib makes of it.
     """
-    from PyInstaller.archive.readers import CArchiveReader
-    from staticx.api import StaticxGenerator
+    from staticx.api import StaticxGenerator, get_shobj_deps
+    from staticx.elf import is_dynamic_elf
+
+    class Generator(StaticxGenerator):
+        def _get_bootloader(self) -> None:
+            self.tmpoutput = str(launcher)
 
     logging.disable(logging.INFO)
-    with StaticxGenerator(prog=str(program), strip=True, compress=False) as generator:
+    staged = program.with_name("lib")
+    paths = sorted(staged.rglob("*"))
+    with Generator(prog=str(program), strip=True, compress=False) as generator:
         archive = generator.sxar.tar
-        members = []
+        sizes = {}
 
-        def add(member: tarfile.TarInfo, *rest: object) -> None:
+        def add(member: tarfile.TarInfo, file: io.BufferedIOBase | None = None) -> None:
             member.mtime = member.uid = member.gid = 0
             member.uname = member.gname = ""
             member.mode = 0o755
-            members.append(member)
-            tarfile.TarFile.addfile(archive, member, *rest)
+            if file:
+                data = divert_loader(member.name, file.read())
+                packed = len(data).to_bytes(8, "little") + deflate(data)
+                sizes[member.name] = (len(data), len(packed))
+                file, member.size = io.BytesIO(packed), len(packed)
+            tarfile.TarFile.addfile(archive, member, file)
 
         archive.addfile = add
+        for path in [staged, *paths]:
+            archive.add(path, path.relative_to(staged.parent), recursive=False)
+        names = {path.name for path in paths}
+        for path in paths:
+            if path.is_file() and is_dynamic_elf(str(path)):
+                for library in get_shobj_deps(str(path), libpath=[str(staged)]):
+                    if os.path.basename(library) not in names:
+                        generator.add_library(library, exist_ok=True)
         generator.generate(output=str(output))
-    sizes = {member.name: (member.size, member.size) for member in members if member.isfile()}
-    parts = CArchiveReader(str(program)).toc.items()
-    parts = {name: (full, packed) for name, (_, packed, full, *_) in parts if packed}
-    whole = output.stat().st_size
-    sizes["bootloader of staticx"] = (whole - sum(full for full, _ in sizes.values()),) * 2
-    packed = sum(packed for _, packed in parts.values())
-    sizes["bootloader of PyInstaller"] = (sizes.pop(PROGRAM)[0] - packed,) * 2
-    print_sizes(sizes | parts)
+    packed = sum(packed for _, packed in sizes.values())
+    sizes["launcher"] = (output.stat().st_size - packed,) * 2
+    print_sizes(sizes)
+
+
+def deflate(data: bytes) -> bytes:
+    """Compress data, unless that only costs time: what zlib stores is unpacked by copying it."""
+    packed = zlib.compress(data, 9)
+    return packed if len(packed) < 0.9 * len(data) else zlib.compress(data, 0)
+
+
+def divert_loader(name: str, data: bytes) -> bytes:
+    """Have the dynamic loader that is carried read no configuration of the image's.
+
+    LD_PRELOAD and its like it does not see: launcher.c keeps the environment from it.
+    """
+    if not name.startswith("ld-linux"):
+        return data
+    for path, nowhere in LOADER_FILES.items():
+        if data.count(path) != 1:
+            sys.exit(f"freeze.py: {name} names {path} {data.count(path)} times, expected once")
+        data = data.replace(path, nowhere)
+    return data
 
 
 def print_sizes(sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -132,14 +198,17 @@ def make_zipapp() -> bytes:
         for name, data in members.items():
             member = zipfile.ZipInfo(name)  # of 1980
             member.external_attr = 0o644 << 16
-            archive.writestr(member, data, zipfile.ZIP_DEFLATED, 9)
+            # zlib is looked for along sys.path, which these are there to clean first.
+            method = zipfile.ZIP_STORED if name.startswith(FIRST) else zipfile.ZIP_DEFLATED
+            archive.writestr(member, data, method, 9)
     return buffer.getvalue()
 
 
 def compile_module(path: Path, name: str) -> bytes:
     """Return the .pyc of a source that is never compared with it (PEP 552: hash-based, unchecked)."""
     source = path.read_bytes()
-    code = compile(source, name, "exec", dont_inherit=True)
+    # A traceback looks for no file of such a name: what lies there would be the user's.
+    code = compile(source, f"<{name}>", "exec", dont_inherit=True)
     header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little")
     # Marshalled twice: the counts of references to a fresh code object leave their marks.
     copy = marshal.loads(marshal.dumps(code))

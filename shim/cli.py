@@ -23,7 +23,7 @@ from shim import __version__
 from shim.command import child_environment
 from shim.durations import format_duration
 from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError, UserSafeError
-from shim.frozen import carried_bundle, describe, follow_launcher, settle, take_environment
+from shim.frozen import carried_bundle, describe, settle, take_environment
 from shim.logs import Log
 from shim.modes import ExecMode
 from shim.privacy import overwrite_environment
@@ -192,7 +192,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace()
     try:
         take_signals(stop)
-        follow_launcher(lambda: stop.request(signal.SIGHUP))
         environ = take_environment(os.environ)
         overwrite_environment()
         build_parser().parse_args(argv, arguments)
@@ -247,7 +246,7 @@ def leave(code: int) -> NoReturn:
 def occupy_standard_streams() -> None:
     """Keep the numbers of standard streams that are closed from whatever is opened next."""
     while (placeholder := os.open("/", os.O_PATH)) <= 2:
-        overwrite_environment()
+        pass
     os.close(placeholder)
 
 

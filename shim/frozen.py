@@ -1,28 +1,35 @@
-"""What only the static binary needs: undo what PyInstaller and staticx leave in the process.
+"""What only the static binary needs: take over from its launcher (.ci/launcher.c) and PyInstaller.
 
 A checkout, an installed package and the zipapp are not frozen: nothing happens in them.
 
 Rule 1: the image's programs get the environment that the image was started with.
 Rule 2: libcrypto is ours; the image's configuration of its own must not reach it.
-Rule 3: once the user's code runs, nothing is read from the temporary directory: who tidies up /tmp
-        takes nothing from us.
+Rule 3: when the first program of the image starts, all that is needed is in memory, and the
+        directory that it was unpacked into is gone: nobody can change or misuse what is not there.
+Rule 4: nothing is removed by its path, and only what has our lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
-import select
+import stat
 import sys
-import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from contextlib import suppress
 from functools import cache
 
-_PACKAGING_PREFIXES = ("_PYI_", "_MEI", "STATICX_")
 _BUNDLE = "cacert.pem"
 _MODULES = "modules.txt"
-# Where PyInstaller unpacks our libraries, and what it puts first in LD_LIBRARY_PATH.
+_LIBGCC = "libgcc_s.so.1"
+# The launcher's: descriptors of the image's environment, and of the directory with its lock.
+_ENVIRONMENT = "SHIM_ENVIRONMENT"
+_DIRECTORY = "SHIM_DIRECTORY"
+# At the end of the directory's name; before them stands what the starts on one host share.
+_RANDOM_CHARACTERS = 6
+# Where PyInstaller looks for modules and libraries.
 _HOME = getattr(sys, "_MEIPASS", "")
+_descriptors: dict[str, int] = {}
 
 
 def take_environment(environ: MutableMapping[str, str]) -> dict[str, str]:
@@ -30,66 +37,29 @@ def take_environment(environ: MutableMapping[str, str]) -> dict[str, str]:
 
     To be called before anything loads OpenSSL.
     """
-    started_with = _read_initial_environment()
     if not _HOME:
         image = dict(environ)
-        if "LC_CTYPE" not in started_with:
+        if "LC_CTYPE" not in _read_variables("/proc/self/environ"):
             image.pop("LC_CTYPE", None)  # Python's own, under the C locale
         return image
-    # PyInstaller has removed variables from environ.
-    image = {
-        name: value
-        for name, value in started_with.items()
-        if not name.startswith(_PACKAGING_PREFIXES)
-    }
-    restore_library_path(image, _HOME)
+    image = _read_variables(int(environ[_ENVIRONMENT]))
+    _descriptors[_DIRECTORY] = int(environ[_DIRECTORY])
+    os.set_inheritable(_descriptors[_DIRECTORY], False)
+    environ.clear()
+    environ.update(image)
     environ["OPENSSL_CONF"] = os.devnull
     return image
 
 
-def _read_initial_environment() -> dict[str, str]:
-    """Return what the kernel knows that this process was started with."""
+def _read_variables(file: str | int) -> dict[str, str]:
+    """Return the variables in a file of the kernel's form: each ends in a NUL."""
     variables: dict[str, str] = {}
-    with open("/proc/self/environ", encoding="utf-8", errors="surrogateescape") as file:
-        for entry in file.read().split("\0"):
+    with open(file, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        for entry in stream.read().split("\0"):
             name, separator, value = entry.partition("=")
-            if separator:
+            if name and separator:
                 variables.setdefault(name, value)  # of several with one name, the first counts
     return variables
-
-
-def restore_library_path(image: dict[str, str], home: str) -> None:
-    """Undo PyInstaller's `LD_LIBRARY_PATH={home}[:{image's}]`."""
-    ours, separator, original = image.get("LD_LIBRARY_PATH", "").partition(":")
-    if ours != home:
-        return
-    del image["LD_LIBRARY_PATH"]
-    if separator:
-        # Without the separator, the image has no LD_LIBRARY_PATH and a LD_LIBRARY_PATH_ORIG is its.
-        image["LD_LIBRARY_PATH"] = image.pop("LD_LIBRARY_PATH_ORIG", original)
-
-
-def follow_launcher(stop: Callable[[], None]) -> None:
-    """Call stop when the process that the image was started as dies before this one.
-
-    It passes on TERM and INT alone; what else ends it would leave a task to run on by itself.
-    """
-    if not _HOME:
-        return
-    # Between it and this process is the one that unpacked our libraries.
-    with open(f"/proc/{os.getppid()}/stat", "rb") as file:
-        launcher = int(file.read().rpartition(b")")[2].split()[1])  # proc(5): field 4
-    if launcher == 1:
-        return  # nobody outlives that one
-
-    def watch() -> None:
-        poller.poll()
-        stop()
-
-    with suppress(OSError):  # kernels before 5.3 have no descriptors of processes
-        poller = select.poll()
-        poller.register(os.pidfd_open(launcher), select.POLLIN)
-        threading.Thread(target=watch, daemon=True).start()
 
 
 @cache
@@ -103,12 +73,81 @@ def carried_bundle() -> str:
 
 @cache
 def settle() -> None:
-    """Load all that is left to load from the temporary directory: rule 3."""
-    if carried_bundle():
-        with open(f"{_HOME}/{_MODULES}", encoding="ascii") as names:
-            for name in names.read().split():
-                with suppress(ImportError):  # one that needs what was left out
-                    __import__(name)
+    """Load all that is left to load, and remove the directory that it came from: rule 3.
+
+    Where nothing is frozen, what a failure needs: its report is to depend on nothing later.
+    """
+    if not carried_bundle():
+        __import__("traceback")
+        return
+    with open(f"{_HOME}/{_MODULES}", encoding="ascii") as names:
+        for name in names.read().split():
+            with suppress(ImportError):  # one that needs what was left out
+                __import__(name)
+    remove_directories()
+
+
+def remove_directories() -> None:
+    """Remove the directory of this process, and those that others on this host left when killed.
+
+    Of those nobody has the lock, which the kernel takes back when the last process that holds the
+    directory ends; their name holds the host's boot, they have our owner, and nothing in them that
+    is not in ours. Does nothing when there is none, or none any more.
+    """
+    directory = _descriptors.pop(_DIRECTORY, None)
+    if directory is None:
+        return
+    with suppress(OSError):
+        # glibc asks for it by its name when a thread ends, and aborts without it.
+        __import__("_ctypes").dlopen(f"{_HOME}/{_LIBGCC}", os.RTLD_NOW)
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{directory}"))
+        contents = set(os.listdir(directory))
+        # By O_PATH: it may be writable and not readable.
+        parent = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+        _remove(directory, name, parent)
+        _remove_leftovers(name[:-_RANDOM_CHARACTERS], parent, contents)
+        os.close(parent)
+    os.close(directory)
+
+
+def _remove_leftovers(prefix: str, parent: int, contents: set[str]) -> None:
+    listed = _open_directory(".", parent)
+    for name in os.listdir(listed):
+        if name.startswith(prefix):
+            with suppress(OSError):
+                _remove_leftover(name, parent, contents)
+    os.close(listed)
+
+
+def _remove_leftover(name: str, parent: int, contents: set[str]) -> None:
+    directory = _open_directory(name, parent)
+    try:
+        status = os.fstat(directory)
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700
+        if ours and contents.issuperset(os.listdir(directory)):
+            _remove(directory, name, parent)
+    finally:
+        os.close(directory)
+
+
+def _open_directory(name: str, parent: int) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, dir_fd=parent)
+
+
+def _remove(directory: int, name: str, parent: int) -> None:
+    """Empty an open directory and take its name from its parent, if it is still that one's."""
+    for entry in os.listdir(directory):
+        try:
+            os.unlink(entry, dir_fd=directory)
+        except IsADirectoryError:
+            inner = _open_directory(entry, directory)
+            try:
+                _remove(inner, entry, directory)
+            finally:
+                os.close(inner)
+    os.rmdir(name, dir_fd=parent)  # another that has got the name is either empty or stays
 
 
 def describe() -> str:

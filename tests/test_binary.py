@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 import pytest
 
 from shim import __version__
-from shim.frozen import restore_library_path
 from tests.e2e.platform import b64j
 from tests.s3_servers import S3Server
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
@@ -66,9 +66,13 @@ class Root:
         return {P + "CMD_B64J": b64j(["/bin/sh", "-c", text]), P + "USE_LINKED_INPUT": "False"}
 
     def start(self, *arguments: str, environ: Mapping[str, str] = NONE) -> subprocess.Popen[str]:
-        script = (
-            f'mount -t proc proc "$0/proc" && {self.prepare} && exec chroot {self.user} "$0" "$@"'
-        )
+        enter = f"chroot {self.user}"
+        # These are not for the programs on the way into the root.
+        foreign = [f"{name}={environ[name]}" for name in environ if name.startswith("LD_")]
+        if foreign:
+            enter = shlex.join([BUSYBOX, "env", *foreign, BUSYBOX, "chroot"])
+            environ = {name: environ[name] for name in environ if not name.startswith("LD_")}
+        script = f'mount -t proc proc "$0/proc" && {self.prepare} && exec {enter} "$0" "$@"'
         namespaces = ["unshare", "--pid", "--fork", "--mount", "--kill-child"]
         return subprocess.Popen(
             [*namespaces, "sh", "-c", script, self.path, "/shim", *arguments],
@@ -237,33 +241,220 @@ def test_the_command_has_the_environment_of_the_image(root: Root) -> None:
     assert image == {name: value for name, value in seen.items() if name not in shell}
 
 
+def test_a_variable_keeps_its_line_breaks(root: Root) -> None:
+    script = """test "$TEXT" = "$(printf 'a\\r\\nb')" && echo same"""
+    assert (0, ["same"], "") == root.task(script, TEXT="a\r\nb")
+
+
 def test_a_library_path_is_not_made_up(root: Root) -> None:
     _, lines, _ = root.task("env")
     assert [] == [line for line in lines if line.startswith(("LD_", "OPENSSL_", "_", "STATICX"))]
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"LD_LIBRARY_PATH": "/ours"}, {}),
-        ({"LD_LIBRARY_PATH": "/ours:/a:/b", "LD_LIBRARY_PATH_ORIG": "/a:/b"}, "/a:/b"),
-        ({"LD_LIBRARY_PATH": "/ours:/a"}, "/a"),
-        ({"LD_LIBRARY_PATH": "/ours:", "LD_LIBRARY_PATH_ORIG": ""}, ""),
-        (
-            {"LD_LIBRARY_PATH": "/ours", "LD_LIBRARY_PATH_ORIG": "/stale"},
-            {"LD_LIBRARY_PATH_ORIG": "/stale"},
-        ),
-        ({"LD_LIBRARY_PATH": "/ours-not"}, "/ours-not"),
-        ({"LD_LIBRARY_PATH_ORIG": "/stale"}, {"LD_LIBRARY_PATH_ORIG": "/stale"}),
-    ],
-    ids=["added", "prepended", "original-lost", "to-empty", "stale", "similar-name", "none"],
-)
-def test_the_library_path_is_restored(
-    variables: dict[str, str], expected: dict[str, str] | str
+# What the loader, the C library, PyInstaller, staticx and Python would take notice of.
+STRANGE = {
+    "LD_PRELOAD": "/none.so /lib/libfromelsewhere.so",
+    "LD_AUDIT": "/none.so",
+    "LD_DEBUG": "all",
+    "LD_DEBUG_OUTPUT": "/tmp/debug",
+    "LD_TRACE_LOADED_OBJECTS": "1",
+    "LD_SHOW_AUXV": "1",
+    "LD_PROFILE": "libc.so.6",
+    "LD_BIND_NOT": "1",
+    "LD_LIBRARY_PATH": "/evil",
+    "LD_LIBRARY_PATH_ORIG": "/evil",
+    "GLIBC_TUNABLES": "glibc.malloc.check=3",
+    "GCONV_PATH": "/evil",
+    "LOCPATH": "/evil",
+    "MALLOC_CHECK_": "3",
+    "LANG": "de_DE.UTF-8",
+    "LC_ALL": "ja_JP.EUC-JP",
+    "STATICX_BOOTLOADER_IDENTIFY": "1",
+    "STATICX_KEEP_TEMPS": "1",
+    "PYINSTALLER_RESET_ENVIRONMENT": "1",
+    "PYINSTALLER_STRICT_UNPACK_MODE": "1",
+    "_PYI_ARCHIVE_FILE": "/evil/archive",
+    "_PYI_APPLICATION_HOME_DIR": "/evil",
+    "_PYI_PARENT_PROCESS_LEVEL": "7",
+    "_PYI_SPLASH_IPC": "1",
+    "PYTHONHOME": "/evil",
+    "PYTHONPATH": "/evil",
+    "PYTHONVERBOSE": "1",
+    "PYTHONINSPECT": "1",
+    "SHIM_ENVIRONMENT": "0",
+    "SHIM_DIRECTORY": "0",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_variable_of_the_image_is_for_the_command_alone(root: Root, name: str) -> None:
+    code, lines, stderr = root.task("env", **{name: STRANGE[name]})
+    assert (0, "") == (code, stderr)
+    assert f"{name}={STRANGE[name]}" in lines
+    assert [] == root.leftovers()
+
+
+# Leaves a file with what it sees of the environment of each process that loads it.
+INTRUDER = """
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+__attribute__((constructor)) static void begin(void) {
+    int fd = open("/intruded", O_WRONLY | O_CREAT | O_APPEND, 0644);
+    const char *key = getenv("GRAND_CHALLENGE_COMPONENT_SIGNING_KEY_HEX");
+    if (key)
+        write(fd, key, strlen(key));
+    close(fd);
+}
+unsigned int la_version(unsigned int version) { return version; }
+"""
+
+
+@pytest.mark.parametrize("way", ["LD_PRELOAD", "LD_AUDIT", "/etc/ld.so.preload"])
+@pytest.mark.parametrize("compiler", ["gcc", "musl-gcc"])
+def test_a_library_that_the_image_preloads_is_not_ours_to_load(
+    root: Root, compiler: str, way: str
 ) -> None:
-    image = dict(variables)
-    restore_library_path(image, "/ours")
-    assert (expected if isinstance(expected, dict) else {"LD_LIBRARY_PATH": expected}) == image
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}: the Debian packages gcc and musl-tools")
+    command = [compiler, "-x", "c", "-", "-shared", "-fPIC", "-w", "-o", root.path / "intruder.so"]
+    subprocess.run(command, input=INTRUDER, text=True, check=True)
+    environ = {P + "SIGNING_KEY_HEX": "c0ffee"}
+    if way.startswith("LD_"):
+        environ[way] = "/intruder.so"
+    else:
+        (root.path / way[1:]).write_text("/intruder.so\n")
+    code, lines, stderr = root.task("echo done", **environ)
+    assert (0, ["done"], "") == (code, lines, stderr)
+    assert not (root.path / "intruded").exists()
+
+
+def test_the_loader_looks_at_no_file_of_the_image(binary: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive.tar"
+    section = ["--only-section=.staticx.archive", "--set-section-flags=.staticx.archive=alloc"]
+    subprocess.run(["objcopy", "-O", "binary", *section, binary, archive], check=True)
+    with tarfile.open(archive) as members:
+        (name,) = [name for name in members.getnames() if name.startswith("ld-linux")]
+        packed = members.extractfile(name)
+        assert packed
+        size = int.from_bytes(packed.read(8), "little")
+        loader = zlib.decompress(packed.read())
+    assert size == len(loader)
+    # That one is for setuid programs, of which this is none.
+    assert [b"\0/etc/suid-debug"] == re.findall(rb"\0/etc/[^\0]+", loader)
+    for path in (b"/proc/self/preload", b"/proc/self/cache"):
+        assert 1 == loader.count(path) and not Path(path.decode()).exists()
+
+
+def test_the_environment_is_to_be_seen_nowhere(root: Root) -> None:
+    environ = {**root.script("true"), P + "SIGNING_KEY_HEX": "c0ffee"}
+    with root.serving(environ) as (process, pid_1, _):
+        seen = Path(f"/proc/{pid_1}/environ").read_bytes()
+        os.kill(pid_1, signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert b"SHIM_DIRECTORY" in seen
+    assert [] == re.findall(rb"GRAND_CHALLENGE\w+|c0ffee", seen)
+
+
+def test_nothing_of_ours_lies_in_tmp_while_a_task_runs(root: Root) -> None:
+    """In a directory without a sticky bit others could put something else under its name."""
+    (root.path / "tmp").chmod(0o777)
+    code, lines, stderr = root.task("ls -A /tmp; ls -l /proc/1/exe")
+    assert (0, 1, "") == (code, len(lines), stderr)
+    assert lines[0].endswith("/sagemaker-shim (deleted)")
+    assert [] == root.leftovers()
+
+
+class Leftover:
+    """A directory as a `serve` has it in its first second, and what else could have its name."""
+
+    def __init__(self, root: Root, process: subprocess.Popen[str]) -> None:
+        self.tmp = root.path / "tmp"
+        self.process = process
+        self.name = str(poll(lambda: "".join(root.leftovers())))
+        self.path = self.tmp / self.name
+        poll(lambda: os.path.lexists(self.path / ".staticx.interp"))
+        os.kill(first_child(process.pid), signal.SIGSTOP)
+        assert self.path.exists(), "stopped too late"
+
+    def name_other(self) -> Path:
+        """Return a path that a start would take for that of a leftover."""
+        return self.tmp / f"{self.name[:-6]}abcdef"
+
+    def kill(self) -> None:
+        os.kill(first_child(self.process.pid), signal.SIGKILL)
+        self.process.wait(timeout=10)
+
+
+@pytest.fixture
+def living(root: Root) -> Iterator[Leftover]:
+    """A `serve` that is stopped while it still needs its directory."""
+    port = str(free_port())
+    with root.start("serve", "--port", port, environ=root.script("true")) as process:
+        try:
+            yield Leftover(root, process)
+        finally:
+            process.kill()
+
+
+def test_a_start_removes_what_a_killed_one_left(root: Root, living: Leftover) -> None:
+    living.kill()
+    assert [living.name] == root.leftovers()
+    assert 0 == root.task("true")[0]
+    assert [] == root.leftovers()
+
+
+def test_what_a_living_one_needs_is_left_alone(root: Root, living: Leftover) -> None:
+    before = sorted(path.name for path in living.path.rglob("*"))
+    assert 0 == root.task("true")[0]
+    assert before == sorted(path.name for path in living.path.rglob("*"))
+
+
+def a_link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def of_another_user(path: Path, victim: Path) -> None:
+    path.mkdir(mode=0o700)
+    (path / "lib").symlink_to(victim)
+    os.chown(path, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+
+
+def writable_for_others(path: Path, victim: Path) -> None:
+    path.mkdir()
+    path.chmod(0o777)
+    (path / "lib").symlink_to(victim)
+
+
+def renamed(path: Path, victim: Path) -> None:
+    victim.rename(path)
+
+
+@pytest.mark.parametrize("make", [a_link, of_another_user, writable_for_others, renamed])
+def test_what_only_has_the_name_of_a_leftover_is_not_entered(
+    root: Root, living: Leftover, make: Callable[[Path, Path], None]
+) -> None:
+    victim = root.path / "victim"
+    victim.mkdir(mode=0o700)
+    (victim / "precious").write_text("kept")
+    other = living.name_other()
+    make(other, victim)
+    assert 0 == root.task("true")[0]
+    assert "kept" == ((other if make is renamed else victim) / "precious").read_text()
+    assert os.path.lexists(other)
+
+
+def test_a_link_within_a_leftover_is_not_followed(root: Root, living: Leftover) -> None:
+    living.kill()
+    (root.path / "victim").mkdir()
+    (root.path / "victim/precious").write_text("kept")
+    entry = next(living.path.glob("lib*.so*"))
+    entry.unlink()
+    entry.symlink_to("/victim")
+    assert 0 == root.task("true")[0]
+    assert [] == root.leftovers()
+    assert "kept" == (root.path / "victim/precious").read_text()
 
 
 def test_it_needs_nothing_from_tmp_once_a_task_runs(root: Root, rclone_tls: S3Server) -> None:
@@ -306,30 +497,98 @@ def test_it_starts_all_the_same(root: Root, change: Callable[[Root], None]) -> N
     assert [] == root.leftovers()
 
 
-def missing(root: Root) -> None:
-    (root.path / "tmp").rmdir()
+def missing(root: Root, directory: str) -> None:
+    (root.path / directory).rmdir()
 
 
-def full(root: Root) -> None:
-    root.prepare = f"mount -t tmpfs -o size=4m tmpfs {root.path}/tmp"
+def is_a_file(root: Root, directory: str) -> None:
+    (root.path / directory).rmdir()
+    (root.path / directory).touch()
 
 
-def noexec(root: Root) -> None:
-    root.prepare = f"mount -t tmpfs -o noexec tmpfs {root.path}/tmp"
+def mounted(options: str) -> Callable[[Root, str], None]:
+    def mount(root: Root, directory: str) -> None:
+        root.prepare += f" && mount -t tmpfs -o {options} tmpfs {root.path}/{directory}"
+
+    return mount
 
 
-@pytest.mark.parametrize("change", [missing, full, noexec])
-def test_where_tmp_is_of_no_use_tmpdir_is(empty_root: Root, change: Callable[[Root], None]) -> None:
-    change(empty_root)
-    code, _, stderr = empty_root.run("--version")
-    assert code not in (0, -signal.SIGSEGV) and re.search(r"tmp|xtract", stderr)
-    (empty_root.path / "elsewhere").mkdir()
+OF_NO_USE = {
+    "missing": (missing, "No such file or directory"),
+    "file": (is_a_file, "Not a directory"),
+    "read-only": (mounted("ro"), "Read-only file system"),
+    "full": (mounted("size=4m"), "No space left on device"),
+    "no-inodes": (mounted("nr_inodes=9"), "No space left on device"),
+    "noexec": (mounted("noexec"), "mounted noexec"),
+}
+
+
+@pytest.mark.parametrize(("change", "_"), OF_NO_USE.values(), ids=OF_NO_USE)
+@pytest.mark.parametrize("left", ["/tmp", "/var/tmp", "/dev/shm"])
+def test_another_directory_serves_where_tmpdir_does_not(
+    empty_root: Root, change: Callable[[Root, str], None], _: str, left: str
+) -> None:
+    for name in ("elsewhere", "var/tmp", "dev/shm"):
+        (empty_root.path / name).mkdir(parents=True)
+    for name in ("elsewhere", "tmp", "var/tmp", "dev/shm"):
+        if f"/{name}" != left:
+            change(empty_root, name)
     code, stdout, stderr = empty_root.run("--version", environ={"TMPDIR": "/elsewhere"})
-    assert 0 == code and "certificates of" in stdout, stderr
-    assert [] == os.listdir(empty_root.path / "elsewhere")
+    assert (0, "") == (code, stderr)
+    assert "certificates of" in stdout
+    assert [] == os.listdir(empty_root.path / left[1:])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("tmpdir", ["/elsewhere", "elsewhere/", "/link", "/tmp/deep/deeper"])
+def test_tmpdir_is_taken_first(empty_root: Root, tmpdir: str) -> None:
+    (empty_root.path / "tmp/deep/deeper").mkdir(parents=True)
+    (empty_root.path / "elsewhere").mkdir()
+    (empty_root.path / "link").symlink_to("elsewhere")
+    port = str(free_port())
+    with empty_root.start(
+        "serve", "--port", port, environ={**root_command(), "TMPDIR": tmpdir}
+    ) as process:
+        place = empty_root.path / ("elsewhere" if "/deep" not in tmpdir else tmpdir[1:])
+        poll(lambda: leftovers_in(place))
+        poll(lambda: not leftovers_in(place))  # once it has loaded all
+        os.kill(first_child(process.pid), signal.SIGTERM)
+        process.communicate(timeout=10)
+    assert 0 == process.returncode
+
+
+def leftovers_in(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory) if name.startswith("sagemaker-shim-")]
+
+
+@pytest.mark.parametrize(("change", "reason"), OF_NO_USE.values(), ids=OF_NO_USE)
+@pytest.mark.parametrize("tmpdir", ["/elsewhere", None])
+def test_where_no_directory_serves_one_sentence_says_why(
+    empty_root: Root, change: Callable[[Root, str], None], reason: str, tmpdir: str | None
+) -> None:
+    (empty_root.path / "opt/ml/output").mkdir(parents=True)
+    directories = ["elsewhere"] * bool(tmpdir) + ["tmp", "var/tmp", "dev/shm"]
+    for name in directories:
+        (empty_root.path / name).mkdir(parents=True, exist_ok=True)
+        change(empty_root, name)
+    environ = {"TMPDIR": tmpdir} if tmpdir else {}
+    code, stdout, stderr = empty_root.run("--version", environ=environ)
+    assert (1, "") == (code, stdout)
+    line = json.loads(stderr)
+    assert ["log", "level", "source", "internal", "task"] == list(line)
+    assert ("ERROR", "stderr", True) == (line["level"], line["source"], line["internal"])
+    tried = "; ".join(f"/{name} ({reason})" for name in directories)
+    assert line["log"].endswith(f"tried {'TMPDIR=' if tmpdir else ''}{tried}")
+    assert line["log"].startswith("No temporary directory can hold the program: set TMPDIR")
+    assert line["log"] == (empty_root.path / "opt/ml/output/failure").read_text()
+
+
+def test_a_name_that_json_cannot_hold_is_shown_without_what_it_cannot(empty_root: Root) -> None:
+    (empty_root.path / "tmp").rmdir()
+    _, _, stderr = empty_root.run("--version", environ={"TMPDIR": '/"\\\n\udcff'})
+    assert "tried TMPDIR=/???? (No such file or directory); /tmp" in json.loads(stderr)["log"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_to_pid_1_reaches_the_task(root: Root, signum: signal.Signals) -> None:
     environ = root.script("trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.1; done")
     with root.start("run", "--input", "/in", "--output", "/out", environ=environ) as process:
@@ -342,6 +601,28 @@ def test_a_signal_to_pid_1_reaches_the_task(root: Root, signum: signal.Signals) 
         rest, _ = process.communicate(timeout=10)
     assert '"log": "bye"' in rest
     assert 128 + signum == process.returncode
+    assert [] == root.leftovers()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGQUIT])
+@pytest.mark.parametrize(("command", "codes"), [("serve", {0}), ("run", {143, 131})])
+def test_a_signal_while_it_unpacks_is_heard(
+    root: Root, command: str, codes: set[int], signum: signal.Signals
+) -> None:
+    """By PID 1 it would be lost if nobody kept it."""
+    (root.path / "in").mkdir(exist_ok=True)
+    lines = {
+        "serve": ["serve", "--port", str(free_port())],
+        "run": ["run", "--input", "/in", "--output", "/out"],
+    }
+    with root.start(*lines[command], environ=root.script("sleep 20")) as process:
+        try:
+            poll(root.leftovers, every=0.001)
+            os.kill(first_child(process.pid), signum)
+            process.communicate(timeout=15)
+        finally:
+            process.kill()
+    assert process.returncode in codes
     assert [] == root.leftovers()
 
 
@@ -359,7 +640,7 @@ def test_no_zombies_are_left_by_tasks(root: Root, tmp_path: Path) -> None:
         }
         url = f"http://127.0.0.1:{port}/invocations"
         assert 200 == request("POST", url, json.dumps(task).encode())
-        poll(lambda: len(states(pid_1)) == 3 and "Z" not in states(pid_1), seconds=5)
+        poll(lambda: len(states(pid_1)) == 1 and "Z" not in states(pid_1), seconds=5)
         os.kill(pid_1, signal.SIGTERM)
         process.communicate(timeout=10)
     assert 0 == process.returncode

@@ -26,7 +26,7 @@ P = "GRAND_CHALLENGE_COMPONENT_"
 ROOT = Path(__file__).parents[2]
 # What is tested: `python -m shim` from the checkout, or any other command that this variable names.
 COMMAND = shlex.split(os.environ.get("SHIM_COMMAND", "")) or [sys.executable, "-m", "shim"]
-IS_PYTHON = len(COMMAND) > 1  # and no binary, which has a launcher of its own
+IS_PYTHON = len(COMMAND) > 1  # and no binary
 NO_INPUTS = "The task has no inputs"
 NO_OUTPUT = "The command succeeded and wrote no output"
 REMARKS = (NO_INPUTS, NO_OUTPUT)

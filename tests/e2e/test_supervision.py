@@ -27,11 +27,6 @@ from tests.support import UNPRIVILEGED_UID, can_unshare, free_port, needs_root, 
 STOPPED = "The task was stopped before it finished"
 
 
-needs_python_form = pytest.mark.skipif(
-    not IS_PYTHON, reason="what the launcher of the binary passes on is tested with the binary"
-)
-
-
 needs_namespaces = pytest.mark.skipif(
     not can_unshare(), reason="needs util-linux's unshare and the right to make PID namespaces"
 )
@@ -287,9 +282,7 @@ def test_whatever_else_would_end_us_stops_the_task_too(
     process = platform.start("invoke", "-t", json.dumps([platform.task()]))
     poll((platform.root / "output/begun").exists)
     process.send_signal(signum)
-    # The binary's launcher dies of it, and the shim notices.
-    expected = 128 + signum if IS_PYTHON else -signum
-    assert expected == finish(process, seconds=20).code
+    assert 128 + signum == finish(process, seconds=20).code
     assert STOPPED == platform.result()["user_safe_error_message"]
 
 
@@ -323,7 +316,6 @@ while not wanted <= set(os.listdir(sys.argv[1])):
 """
 
 
-@needs_python_form
 def test_a_signal_for_the_command_reaches_it_alone(supervised: Platform) -> None:
     """As the engine that started the image would have sent it to the first process alone."""
     signals = sorted(COMMAND_SIGNALS)
