@@ -23,6 +23,7 @@ from shim.command import child_environment
 from shim.durations import format_duration
 from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError
 from shim.frozen import carried_bundle, describe, follow_launcher, settle, take_environment
+from shim.locks import exclusive
 from shim.logs import Log
 from shim.modes import ExecMode
 from shim.runner import PlatformFailure, Runner
@@ -302,7 +303,7 @@ def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: 
     job.complete()
     if tasks is None:
         tasks = _parse(_read_remote(file, job.store, stop))
-    with job.ready() as is_ready:
+    with exclusive(job.settings, job.log), job.ready() as is_ready:
         if is_ready and job.runner.run_tasks(tasks):
             job.log.info("Model invocation complete")
     return 0
@@ -324,7 +325,7 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
         raise PlatformFailure(f"port {arguments.port}: {error}") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with job.ready() as is_ready:
+        with exclusive(job.settings, job.log), job.ready() as is_ready:
             if is_ready:
                 service.open()
                 while not wait_readable(stop, service, seconds=QUIET_SECONDS):
@@ -367,7 +368,7 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
         )
         if held:
             job.log.warning(f"{arguments.output} is not empty: what it holds stays in it")
-        with job.ready() as is_ready:
+        with exclusive(job.settings, job.log), job.ready() as is_ready:
             result = job.runner.run_task(plan.task) if is_ready else None
     if result is None:
         return 1

@@ -20,7 +20,7 @@ shim
 errors durations fields stopping
 s3 s3.errors s3.uri s3.checksums s3.sigv4 s3.profiles s3.endpoints s3.retries s3.xml
 tasks settings command
-logs frozen users executables descendants launch relay process workspace archives loopback
+logs frozen users executables descendants launch relay process workspace locks archives loopback
 s3.affinity s3.crew s3.buffers s3.store s3.tls s3.http1 s3.transport
 s3.credential_sources s3.credentials s3.operations s3.pace s3.download s3.upload
 s3.directory s3.client s3.transfer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.platform import ROOT, Finished, P, Platform
-from tests.support import needs_root
+from tests.support import free_port, needs_root, poll
 
 EXAMPLE = ROOT / "tests/data/example"
 
@@ -191,3 +191,31 @@ def test_a_linked_directory_of_inputs_is_not_left_out(laptop: Platform) -> None:
     (laptop.root / "in/loop").symlink_to(laptop.root / "in")
     job = rehearse(laptop, "cd $I && find . -type f | sort")
     assert ["./link/b", "./sub/a.txt"] == job.texts(internal=False)
+
+
+@pytest.mark.parametrize("command", ["run", "invoke", "serve"])
+def test_second_process_in_one_root_is_refused_and_takes_nothing(
+    laptop: Platform, command: str
+) -> None:
+    script = f"I={laptop.root}/input O={laptop.root}/output\nls -l /proc/$$/fd >fds; touch began"
+    script += "\nuntil [ -e go ]; do sleep 0.05; done; cp $I/sub/a.txt $O"
+    options = ["run", "--input", "in", "--output", "out", "--", "/bin/sh", "-c", script]
+    arguments = {
+        "run": ["run", "--input", "in", "--output", "out2", "--", "true"],
+        "invoke": ["invoke", "-t", json.dumps([laptop.task()])],
+        "serve": ["serve", "--port", str(free_port())],
+    }[command]
+    laptop.script("true")
+    with laptop.start(*options) as first:
+        poll(lambda: (laptop.root / "began").exists())
+        assert "output" not in (laptop.root / "fds").read_text()
+        laptop.environ["AWS_S3_ENDPOINT_URL"] = f"file://{laptop.root}"
+        second = laptop.run(*arguments)
+        (laptop.root / "go").touch()
+        assert 0 == first.wait(30)
+    assert 2 == second.code, second.stderr
+    names = ("INPUT_PATH", "OUTPUT_PATH", "LINKED_INPUT_PARENT")
+    assert all(P + name in second.stderr for name in names), second.stderr
+    assert "is in use by process" in second.stderr
+    assert "content" == (laptop.root / "out/a.txt").read_text()
+    assert [] == [path for path in laptop.root.iterdir() if path.suffix == ".lock"]
