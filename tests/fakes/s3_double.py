@@ -208,9 +208,9 @@ class Exchange(BaseHTTPRequestHandler):
             return "CreateMultipartUpload" if "uploads" in self.query else "CompleteMultipartUpload"
         return {
             "GET": "GetObject" if self.key else "ListObjectsV2",
-            "HEAD": "HeadObject",
+            "HEAD": "HeadObject" if self.key else "HeadBucket",
             "PUT": "UploadPart" if "partNumber" in self.query else "PutObject",
-            "DELETE": "AbortMultipartUpload",
+            "DELETE": "AbortMultipartUpload" if "uploadId" in self.query else "DeleteObject",
         }[self.command]
 
     def body(self) -> bytes:
@@ -341,6 +341,14 @@ class Exchange(BaseHTTPRequestHandler):
     def _describe(self, found: Object) -> dict[str, str]:
         headers = {"ETag": found.etag, "Accept-Ranges": "bytes", "x-amz-request-id": "REQUEST1"}
         return headers | {f"x-amz-meta-{name}": value for name, value in found.metadata.items()}
+
+    def _HeadBucket(self, _: bytes) -> None:
+        self._objects()
+        self.send(200, b"", {"x-amz-bucket-region": self.server.region})
+
+    def _DeleteObject(self, _: bytes) -> None:
+        self._objects().pop(self.key, None)
+        self.send(204)
 
     def _HeadObject(self, _: bytes) -> None:
         try:
