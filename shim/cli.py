@@ -31,7 +31,7 @@ from shim.runtime import Runtime, leave_setup_result
 from shim.s3.errors import S3ClientError
 from shim.s3.store import LateStore
 from shim.s3.uri import parse_s3_uri
-from shim.settings import RESULT_VARIABLES, Settings
+from shim.settings import PREFIX, RESULT_VARIABLES, Settings
 from shim.stopping import Stop
 from shim.tasks import (
     InferenceTask,
@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 
 PROGRAM = "sagemaker-shim"
 HELP_COLUMNS = 98
+LOG_FORMATS = ("json", "text")
+# Whose lines are read by people, where they go to a terminal.
+INTERACTIVE_COMMANDS = ("run", "check")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8080
@@ -77,12 +80,41 @@ SETTINGS_MESSAGE = "The settings of the platform are not valid"
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of leaving the process."""
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Refuse what is not known with the usage of the command that it was meant for."""
+        words = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown_option(words)
+        arguments, others = super().parse_known_args(words, namespace)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return arguments, others
+
+    def _refuse_unknown_option(self, words: Sequence[str]) -> None:
+        """Name the cause before argparse names what is missing for it."""
+        takes_command = bool(self._get_positional_actions())
+        rest, is_command = iter(words), False
+        for word in rest:
+            if word == "--" or (not word.startswith("-") and self._subparsers):
+                return
+            if word == "-" or not word.startswith("-"):
+                is_command = takes_command
+                continue
+            name = word.partition("=")[0] if word.startswith("--") else word[:2]
+            action = self._option_string_actions.get(name)
+            if action is None:
+                advice = ": put -- before the command" if is_command else ""
+                self.error(f"{name} is no option of {self.prog}{advice}")
+            if action.nargs is None and name == word:
+                next(rest, None)  # its value
+
     def _get_formatter(self) -> argparse.HelpFormatter:
         # Without a width it asks shutil for that of the terminal, which loads all compressors.
         return argparse.HelpFormatter(prog=self.prog, width=HELP_COLUMNS)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
+        raise UsageError(f"{message}\n{' '.join(self.format_usage().split())}")
 
 
 class ShowVersion(argparse.Action):
@@ -111,17 +143,12 @@ def build_parser() -> Parser:
     serve = commands.add_parser("serve", help="answer SageMaker on port 8080")
     serve.set_defaults(run=run_serve)
     serve.add_argument("--port", type=parse_port, default=SERVE_PORT, help=f"default: {SERVE_PORT}")
+    serve.add_argument("--log-format", choices=LOG_FORMATS, help="default: json lines")
 
     invoke = commands.add_parser("invoke", help="run a list of tasks as a batch")
-    invoke.add_argument("-t", "--tasks", metavar="JSON", help="the list of tasks itself")
-    invoke.add_argument(
-        "-f",
-        "--file",
-        metavar="URI",
-        help="where the list is: s3://BUCKET/KEY, s3://BUCKET/PREFIX/ (every *.json below it), "
-        "a local path, or - for standard input",
-    )
-    invoke.set_defaults(run=run_invoke, refuse=invoke.error)
+    invoke.set_defaults(run=run_invoke)
+    _add_task_list(invoke)
+    invoke.add_argument("--log-format", choices=LOG_FORMATS, help="default: json lines")
 
     run = commands.add_parser("run", help="run one task on local directories, without AWS")
     run.set_defaults(run=run_locally)
@@ -130,21 +157,37 @@ def build_parser() -> Parser:
     run.add_argument("--timeout", metavar="T", help="time limit: seconds, PT1H30M or 01:30:00")
     run.add_argument(
         "--log-format",
-        choices=("json", "text"),
+        choices=LOG_FORMATS,
         help="json lines as on the platform, or text (default: text on a terminal)",
     )
     run.add_argument(
         "cmd", nargs="*", metavar="CMD", help="the command, after --; default: the image's"
     )
 
-    check = commands.add_parser("check", help="say what would go wrong, and change nothing")
+    check = commands.add_parser("check", help="say what would go wrong, before it does")
     check.set_defaults(run=run_check)
+    _add_task_list(check)
     check.add_argument(
-        "-f", "--tasks-file", metavar="URI", help="also look at this task list, as in invoke --file"
+        "--read-only",
+        action="store_true",
+        help="do not try to write, and remove again, a small object where outputs go",
     )
-    check.add_argument("--log-format", choices=("json", "text"), help="as in run")
+    check.add_argument("--log-format", choices=LOG_FORMATS, help="as in run")
     check.add_argument("cmd", nargs="*", metavar="CMD", help="as in run")
+    for command in (serve, invoke, run, check):
+        command.set_defaults(refuse=command.error)
     return parser
+
+
+def _add_task_list(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-t", "--tasks", metavar="JSON", help="the list of tasks itself")
+    command.add_argument(
+        "-f",
+        "--file",
+        metavar="URI",
+        help="where the list is: s3://BUCKET/KEY, s3://BUCKET/PREFIX/ (every *.json below it), "
+        "a local path, or - for standard input",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,14 +204,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     follow_launcher(lambda: stop.request(signal.SIGHUP))
     arguments = argparse.Namespace()
+    environ: dict[str, str] = {}
     try:
         environ = take_environment(os.environ)
         build_parser().parse_args(argv, arguments)
-        code: int = arguments.run(arguments, environ, stop)
-        return code
+        return run_command(arguments, environ, stop)
     except Exception as error:
         write_failure(str(error) or type(error).__name__)
-        return exit_code(error, stop, Log(style=style_of(arguments)))
+        is_usage = isinstance(error, UsageError | InvalidSettings)
+        style = usage_style(arguments, environ) if is_usage else style_of(arguments)
+        return exit_code(error, stop, Log(style=style))
+
+
+def run_command(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
+    """Run the command that was chosen; UsageError shows how it is called."""
+    try:
+        code: int = arguments.run(arguments, environ, stop)
+    except UsageError as error:
+        arguments.refuse(str(error))
+    return code
 
 
 def occupy_standard_streams() -> None:
@@ -180,15 +234,30 @@ def occupy_standard_streams() -> None:
 
 def style_of(arguments: argparse.Namespace) -> Style:
     """Return the form of the log lines: on the platform nobody reads them from a terminal."""
-    style: Style | None = getattr(arguments, "log_format", "json")
-    return style or ("text" if sys.stdout and sys.stdout.isatty() else "json")
+    style: Style | None = getattr(arguments, "log_format", None)
+    is_read = getattr(arguments, "command", None) in INTERACTIVE_COMMANDS and _is_terminal()
+    return style or ("text" if is_read else "json")
+
+
+def usage_style(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Style:
+    """Return the form of wrong usage: for people at a terminal, unless it is a job's."""
+    style: Style | None = getattr(arguments, "log_format", None)
+    is_job = any(name.startswith(PREFIX) for name in environ)
+    return style or ("text" if _is_terminal() and not is_job else "json")
+
+
+def _is_terminal() -> bool:
+    return bool(sys.stdout and sys.stdout.isatty())
 
 
 def exit_code(error: Exception, stop: Stop, log: Log) -> int:
     """Say what happened on stderr and return the exit code that stands for it."""
     if isinstance(error, UsageError | InvalidSettings):
-        # Not by sys.stderr: a stream that is full or closed changes no exit code.
-        log.write("stderr", f"{PROGRAM}: {error}\n".encode(errors="backslashreplace"))
+        if log.is_text:
+            # Not by sys.stderr: a stream that is full or closed changes no exit code.
+            log.write("stderr", f"{PROGRAM}: {error}\n".encode(errors="backslashreplace"))
+        else:
+            log.error(str(error))
         return 2
     if isinstance(error, TaskStopped) or (stop.requested and isinstance(error, S3ClientError)):
         return 128 + (stop.signum or 0)
@@ -292,14 +361,12 @@ def mode_of(settings: Settings) -> type[ExecMode | InvokeMode]:
 def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run a list of tasks up to the first that fails."""
     text, file = arguments.tasks, arguments.file
-    if text and file:
-        arguments.refuse("Only one of tasks or file should be set")
-    if not text and not file:
-        arguments.refuse("One of tasks or file should be set")
+    if not _names_tasks(arguments):
+        raise UsageError("One of tasks or file should be set")
     is_remote = bool(file) and _is_remote(file)
     # What can be refused at once is refused before anything is written or contacted.
     tasks = None if is_remote else _parse(_read_local(text, file, stop))
-    job = Job(environ=environ, stop=stop, title="Invoking the model")
+    job = Job(environ=environ, stop=stop, title="Invoking the model", style=style_of(arguments))
     job.complete()
     if tasks is None:
         tasks = _parse(_read_remote(file, job.store, stop))
@@ -314,7 +381,9 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
     from shim.server import build_server
     from shim.service import Service
 
-    job = Job(environ=environ, stop=stop, title="Starting the model server")
+    job = Job(
+        environ=environ, stop=stop, title="Starting the model server", style=style_of(arguments)
+    )
     service = Service(runner=job.runner, log=job.log)
     try:
         server = build_server(
@@ -396,7 +465,8 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
     """Say what would go wrong; 0 when nothing certainly would."""
     from shim import preflight
 
-    file = arguments.tasks_file
+    text, file = arguments.tasks, arguments.file
+    is_list_given = _names_tasks(arguments)
 
     def connect(settings: Settings) -> Store:
         # The metadata of a machine that is none of Amazon's keep us waiting.
@@ -405,25 +475,45 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
     def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
         return _parse(
-            _read_remote(file, store, stop) if _is_remote(file) else _read_local(None, file, stop)
+            _read_remote(file, store, stop)
+            if file and _is_remote(file)
+            else _read_local(text, file, stop)
         )
 
     log = Log(style=style_of(arguments))
-    code = 0
+    findings = []
     for finding in preflight.examine(
         environ,
         cmd=tuple(arguments.cmd),
         connect=connect,
-        read_tasks=read_tasks if file else None,
+        read_tasks=read_tasks if is_list_given else None,
+        is_read_only=arguments.read_only,
     ):
         stop.check()
         preflight.tell(finding, log)
-        code |= finding.level == preflight.ERROR
-    return code
+        findings.append(finding)
+    preflight.tell_verdict(findings, log)
+    return int(any(finding.level == preflight.ERROR for finding in findings))
+
+
+def _names_tasks(arguments: argparse.Namespace) -> bool:
+    """Tell whether a task list is given; UsageError when two are."""
+    if arguments.tasks and arguments.file:
+        raise UsageError("Only one of tasks or file should be set")
+    return bool(arguments.tasks or arguments.file)
 
 
 def _is_remote(file: str) -> bool:
-    return file.startswith(("s3://", "https://"))
+    """Tell whether a task list is an object; UsageError when it is of another kind of URI."""
+    if file.startswith(("s3://", "https://")):
+        return True
+    scheme, separator, _ = file.partition("://")
+    if separator and scheme.isalnum():
+        raise UsageError(
+            "The value provided for file is invalid: expected s3://BUCKET/KEY, "
+            f"https://BUCKET/KEY, a local path or - for standard input, found {scheme}://"
+        )
+    return False
 
 
 def _read_local(text: str | None, file: str, stop: Stop) -> dict[str, bytes]:
