@@ -71,7 +71,7 @@ def _lock(place: Path, *, mode: int) -> int:
     Raises BlockingIOError(status) when another process holds it.
     """
     while True:
-        descriptor = open_directory(place, mode=mode) if mode else _open_file(place)
+        descriptor = open_directory(place, mode=mode, follow=True) if mode else _open_file(place)
         status = os.fstat(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,7 +90,7 @@ def _lock(place: Path, *, mode: int) -> int:
 
 
 def _open_file(path: Path) -> int:
-    os.close(open_directory(path.parent, mode=0o755))
+    os.close(open_directory(path.parent, mode=0o755, follow=True))
     return os.open(path, _FILE, 0o600)
 
 

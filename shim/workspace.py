@@ -447,11 +447,11 @@ def _open_or_make(path: Path, *, mode: int, follow: bool = False) -> int:
     return directory
 
 
-def open_directory(path: Path, *, mode: int) -> int:
+def open_directory(path: Path, *, mode: int, follow: bool = False) -> int:
     """Open a directory, made with this mode where it is missing; root's own links are followed."""
-    is_link = path.is_symlink() and path.lstat().st_uid in (0, os.geteuid())
+    is_link = follow and path.is_symlink() and path.lstat().st_uid in (0, os.geteuid())
     target = Path(os.path.realpath(path)) if is_link else path
-    return _open_or_make(target, mode=mode, follow=True)
+    return _open_or_make(target, mode=mode)
 
 
 def is_mount_point(path: Path) -> bool:
