@@ -414,7 +414,7 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
 def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run one task on local directories as the platform would; 0 when it succeeded."""
-    from shim.rehearsal import plan_rehearsal
+    from shim.rehearsal import VARIABLES, Found, plan_rehearsal, restoring, task_paths
     from shim.s3.directory import DirectoryStore
 
     held = arguments.output.is_dir() and any(arguments.output.iterdir())
@@ -427,17 +427,25 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
             cmd=tuple(arguments.cmd),
             scratch=scratch,
         )
+        store = DirectoryStore.from_buckets(plan.buckets)
+        refuse_unwritable(store, plan.task, arguments.output)
         job = Job(
             environ={**environ, **plan.variables},
             stop=stop,
             title=f"Running a task from {arguments.input} to {arguments.output}",
             settings=plan.settings,
-            store=DirectoryStore.from_buckets(plan.buckets),
+            store=store,
             style=style_of(arguments),
         )
         if held:
             job.log.warning(f"{arguments.output} is not empty: what it holds stays in it")
-        with exclusive(job.settings, job.log), job.ready() as is_ready:
+        if plan.variables:
+            job.log.warning(
+                "Without root, the directories of the command are elsewhere: it finds its inputs "
+                f"in ${VARIABLES[0]} and puts its outputs into ${VARIABLES[1]}"
+            )
+        found = [Found.look(path) for path in task_paths(plan.settings)]
+        with exclusive(job.settings, job.log), restoring(found), job.ready() as is_ready:
             result = job.runner.run_task(plan.task) if is_ready else None
     if result is None:
         return 1
@@ -447,6 +455,15 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
         f"{arguments.output}, result in {arguments.output}/{result_key('/')[1:]}"
     )
     return int(result.return_code != 0)
+
+
+def refuse_unwritable(store: Store, task: InferenceTask, output: Path) -> None:
+    """Find out before the run whether its outputs and its result can be stored."""
+    place = result_key(task.output_prefix).rpartition("/")[0]
+    try:
+        store.probe(task.output_bucket_name, f"{place}/")
+    except S3ClientError as error:
+        raise UsageError(f"--output {output}: {error}") from error
 
 
 @contextmanager

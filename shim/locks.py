@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shim.settings import Settings
 
 LOCKS = Path("/proc/locks")
+ATTEMPTS = 10
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -41,8 +42,8 @@ def exclusive(settings: Settings, log: Log) -> Iterator[None]:
         is_mounted = is_mount_point(path)
     is_linked = settings.use_linked_input and not is_mounted
     with ExitStack() as locks:
-        _keep(locks, settings.output_path, log, mode=0o777)
         _keep(locks, path, log, is_link=is_linked or path.is_symlink())
+        _keep(locks, settings.output_path, log, mode=0o777)
         if is_linked:
             _keep(locks, settings.linked_input_parent, log)
         yield
@@ -70,23 +71,21 @@ def _lock(place: Path, *, mode: int) -> int:
 
     Raises BlockingIOError(status) when another process holds it.
     """
-    while True:
+    for _ in range(ATTEMPTS):
         descriptor = open_directory(place, mode=mode, follow=True) if mode else _open_file(place)
         status = os.fstat(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may have removed it as he went.
-            if os.path.samestat(status, place.stat()):
+            if os.path.exists(place) and os.path.samestat(status, os.stat(place)):
                 return descriptor
-        except FileNotFoundError:
-            pass
         except BlockingIOError:
             os.close(descriptor)
             raise BlockingIOError(status) from None
         except OSError:
             os.close(descriptor)
             raise
-        os.close(descriptor)
+        os.close(descriptor)  # whoever held it removed it as he went
+    raise FileNotFoundError(f"it is removed again and again: {place}")
 
 
 def _open_file(path: Path) -> int:

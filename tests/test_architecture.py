@@ -24,7 +24,7 @@ logs frozen users executables descendants launch relay process workspace locks a
 s3.affinity s3.crew s3.buffers s3.store s3.tls s3.http1 s3.transport
 s3.credential_sources s3.credentials s3.operations s3.pace s3.download s3.upload
 s3.directory s3.client s3.transfer
-modes invoke_mode runner runtime scripts preflight rehearsal
+modes invoke_mode runner runtime scripts preflight namespaces rehearsal
 server service
 cli __main__
 """.split()

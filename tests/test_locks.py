@@ -180,20 +180,22 @@ def test_user_who_locks_the_directory_meanwhile_takes_nothing(tmp_path: Path) ->
         assert first.poll() is None
 
 
+@pytest.mark.parametrize("removals", [1, 3])
 def test_directory_that_its_holder_removes_as_it_goes_is_made_and_locked_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    removals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flock, calls = fcntl.flock, []
 
     def remove_first(descriptor: int, operation: int) -> None:
-        if not calls:
-            (tmp_path / "output").rmdir()
-        calls.append(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}") == f"{tmp_path}/output":
+            calls.append(descriptor)
+            if len(calls) <= removals:
+                (tmp_path / "output").rmdir()
         flock(descriptor, operation)
 
     monkeypatch.setattr(locks.fcntl, "flock", remove_first)
     with exclusive(Settings.from_environ(variables(tmp_path)), Log()):
         monkeypatch.undo()
-        assert 4 == len(calls)
+        assert removals + 1 == len(calls)
         with pytest.raises(UsageError):
             enter(variables(tmp_path, INPUT_PATH="i", LINKED_INPUT_PARENT="l"))
