@@ -418,7 +418,7 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
     from shim.s3.directory import DirectoryStore
 
     held = arguments.output.is_dir() and any(arguments.output.iterdir())
-    with _scratch() as scratch:
+    with _scratch(Log(style=style_of(arguments))) as scratch:
         plan = plan_rehearsal(
             Settings.from_environ(environ),
             input_directory=arguments.input,
@@ -467,15 +467,24 @@ def refuse_unwritable(store: Store, task: InferenceTask, output: Path) -> None:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path | None]:
+def _scratch(log: Log) -> Iterator[Path | None]:
     """Give a place for /input and /output to those who cannot make them."""
     if os.geteuid() == 0:
         yield None
         return
-    from tempfile import TemporaryDirectory
+    from shutil import rmtree
+    from tempfile import mkdtemp
 
-    with TemporaryDirectory(prefix="sagemaker-shim-") as directory:
-        yield Path(directory)
+    scratch = Path(mkdtemp(prefix="sagemaker-shim-"))
+    try:
+        yield scratch
+    finally:
+        # Outputs that could not be stored are kept, whatever name they had for the command.
+        outputs = scratch / "output"
+        if outputs.is_dir() and any(outputs.iterdir()):
+            log.error(f"What could not be stored is in {outputs}")
+        else:
+            rmtree(scratch, ignore_errors=True)
 
 
 def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:

@@ -177,6 +177,25 @@ def test_log_format_is_json_by_default_and_text_on_request(command: str, tmp_pat
     ]
 
 
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_outputs_that_could_not_be_stored_are_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    is_kept: bool,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(PlatformFailure), cli._scratch(Log()) as scratch:
+        assert scratch
+        (scratch / "output").mkdir()
+        if is_kept:
+            (scratch / "output/dear").touch()
+        raise PlatformFailure("The outputs of the task could not be uploaded")
+    assert is_kept == (scratch / "output/dear").exists() == scratch.exists()
+    assert is_kept == (f"{scratch}/output" in capfd.readouterr().err)
+
+
 def test_the_reason_is_left_where_the_platform_looks(tmp_path: Path) -> None:
     cli.write_failure("x" * 5000, tmp_path / "failure")
     assert "x" * 1024 == (tmp_path / "failure").read_text()
