@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(name)
             if action is None:
                 advice = ": put -- before the command" if is_command else ""
-                self.error(f"{name} is no option of {self.prog}{advice}")
+                self.error(f"unrecognized arguments: {name}{advice}")
             if action.nargs is None and name == word:
                 next(rest, None)  # its value
 
@@ -414,10 +414,16 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
 def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run one task on local directories as the platform would; 0 when it succeeded."""
-    from shim.rehearsal import VARIABLES, Found, plan_rehearsal, restoring, task_paths
+    from shim.rehearsal import (
+        VARIABLES,
+        Found,
+        holds_something,
+        plan_rehearsal,
+        restoring,
+        task_paths,
+    )
     from shim.s3.directory import DirectoryStore
 
-    held = arguments.output.is_dir() and any(arguments.output.iterdir())
     with _scratch(Log(style=style_of(arguments))) as scratch:
         plan = plan_rehearsal(
             Settings.from_environ(environ),
@@ -437,7 +443,7 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
             store=store,
             style=style_of(arguments),
         )
-        if held:
+        if holds_something(arguments.output):
             job.log.warning(f"{arguments.output} is not empty: what it holds stays in it")
         if plan.variables:
             job.log.warning(

@@ -166,14 +166,14 @@ def _spare(settings: Settings) -> Settings:
         is_replaced = path == settings.input_path and path.is_symlink()
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is no directory, and a task makes one there: move it away")
-        if not is_replaced and _holds_something(path):
+        if not is_replaced and holds_something(path):
             raise UsageError(
                 f"{path} is not empty, and a task begins by emptying it: move its contents away"
             )
     return replace(
         settings,
         post_clean_directories=tuple(
-            path for path in settings.post_clean_directories if not _holds_something(path)
+            path for path in settings.post_clean_directories if not holds_something(path)
         ),
     )
 
@@ -234,5 +234,8 @@ class Found:
         return stat.S_IFMT(self.status.st_mode) if self.status else 0
 
 
-def _holds_something(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir())
+def holds_something(path: Path) -> bool:
+    """Tell whether a directory is there and not empty, as far as we may see."""
+    with suppress(PermissionError):
+        return path.is_dir() and any(path.iterdir())
+    return False

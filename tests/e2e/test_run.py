@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.platform import ROOT, Finished, P, Platform
-from tests.support import free_port, needs_root, poll
+from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
 from tests.test_namespaces import is_allowed
 
 EXAMPLE = ROOT / "tests/data/example"
@@ -344,6 +344,16 @@ def test_output_with_a_file_in_its_way_is_refused_before_the_run(
     job = rehearse(laptop, "touch ran", "--output", output)
     assert (2, False) == (job.code, (laptop.root / "ran").exists())
     assert f"--output {output}: " in job.stderr
+
+
+@needs_root
+def test_output_that_can_be_written_and_not_listed_is_written(laptop: Platform) -> None:
+    leave_root(laptop)
+    (laptop.root / "out").mkdir()
+    os.chown(laptop.root / "out", UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+    (laptop.root / "out").chmod(0o300)
+    assert 0 == rehearse(laptop, WITHOUT_ROOT).code
+    assert "CONTENT" == (laptop.root / "out/b.txt").read_text()
 
 
 @pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"])
