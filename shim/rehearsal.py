@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -54,13 +54,11 @@ def plan_rehearsal(
     timeout: str | None,
     cmd: tuple[str, ...],
     scratch: Path | None,
-    show: Callable[..., bool] = show,
 ) -> Rehearsal:
-    """Plan a task of everything in a directory.
+    """Plan a task of everything in a directory; without root, move to where it can run.
 
     - cmd: replaces the image's entrypoint and command unless it is empty
     - scratch: an empty directory for /input and /output, or None to use the platform's paths
-    - show: makes directories appear under other names, from then on
 
     Raises UsageError for a directory that does not exist, or that the run would empty.
     """
@@ -69,17 +67,7 @@ def plan_rehearsal(
     if cmd:
         settings = replace(settings, entrypoint=None, cmd=cmd)
     settings = replace(settings, runtime_output_bucket_name=None, runtime_output_prefix=None)
-    variables: dict[str, str] = {}
-    if scratch is None:
-        settings = _spare(settings)
-    else:
-        names = settings.input_path, settings.output_path
-        directories = _make_directories(scratch)
-        settings = _confine(settings, *directories)
-        if show(dict(zip(names, directories, strict=True)), root=scratch / "root"):
-            settings = replace(settings, input_path=names[0], output_path=names[1])
-        else:
-            variables = dict(zip(VARIABLES, map(str, directories), strict=True))
+    settings, variables = _confine(settings, scratch) if scratch else (_spare(settings), {})
     task = InferenceTask(
         pk=PK,
         inputs=(
@@ -142,15 +130,18 @@ def _parse_timeout(text: str | None) -> timedelta | None:
         raise UsageError(f"--timeout {text}: {error}") from error
 
 
-def _make_directories(scratch: Path) -> tuple[Path, Path]:
-    for name in ("input", "output", "root"):
-        (scratch / name).mkdir()
-    return scratch / "input", scratch / "output"
+def _confine(settings: Settings, scratch: Path) -> tuple[Settings, dict[str, str]]:
+    """Keep to one directory, as without root there is no other choice.
 
-
-def _confine(settings: Settings, input_path: Path, output_path: Path) -> Settings:
-    """Keep to two directories, as without root there is no other choice."""
-    return replace(
+    Return the variables, too, that tell the command so; none where it need not know.
+    """
+    names = settings.input_path, settings.output_path
+    directories = scratch / "input", scratch / "output"
+    for path in (*directories, scratch / "root"):
+        path.mkdir()
+    is_shown = show(dict(zip(names, directories, strict=True)), root=scratch / "root")
+    input_path, output_path = names if is_shown else directories
+    settings = replace(
         settings,
         input_path=input_path,
         output_path=output_path,
@@ -158,6 +149,7 @@ def _confine(settings: Settings, input_path: Path, output_path: Path) -> Setting
         writable_directories=(),
         post_clean_directories=(),
     )
+    return settings, {} if is_shown else dict(zip(VARIABLES, map(str, directories), strict=True))
 
 
 def _spare(settings: Settings) -> Settings:
