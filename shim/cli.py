@@ -24,6 +24,7 @@ from shim.command import child_environment
 from shim.durations import format_duration
 from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError, UserSafeError
 from shim.frozen import carried_bundle, describe, settle, take_environment
+from shim.locks import exclusive
 from shim.logs import Log
 from shim.modes import ExecMode
 from shim.privacy import overwrite_environment
@@ -33,7 +34,7 @@ from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
 from shim.s3.exposure import find_exposure, never_exposed
 from shim.s3.store import LateStore
 from shim.s3.uri import parse_s3_uri
-from shim.settings import RESULT_VARIABLES, VARIABLES, Settings
+from shim.settings import PREFIX, RESULT_VARIABLES, VARIABLES, Settings
 from shim.stopping import Stop
 from shim.tasks import (
     InferenceTask,
@@ -86,6 +87,9 @@ STOP_SIGNALS = {
 }
 # Whatever started us may have these ignored, as shells do for what they put in the background.
 NEVER_IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+LOG_FORMATS = ("json", "text")
+# Whose lines are read by people, where they go to a terminal.
+INTERACTIVE_COMMANDS = ("run", "check")
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8080
 # SageMaker shows the first characters of this file as the reason of a failed job.
@@ -115,12 +119,41 @@ SETTINGS_MESSAGE = "The settings of the platform are not valid"
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises instead of leaving the process."""
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Refuse what is not known with the usage of the command that it was meant for."""
+        words = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown_option(words)
+        arguments, others = super().parse_known_args(words, namespace)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return arguments, others
+
+    def _refuse_unknown_option(self, words: Sequence[str]) -> None:
+        """Name the cause before argparse names what is missing for it."""
+        takes_command = bool(self._get_positional_actions())
+        rest, is_command = iter(words), False
+        for word in rest:
+            if word == "--" or (not word.startswith("-") and self._subparsers):
+                return
+            if word == "-" or not word.startswith("-"):
+                is_command = takes_command
+                continue
+            name = word.partition("=")[0] if word.startswith("--") else word[:2]
+            action = self._option_string_actions.get(name)
+            if action is None:
+                advice = ": put -- before the command" if is_command else ""
+                self.error(f"unrecognized arguments: {name}{advice}")
+            if action.nargs is None and name == word:
+                next(rest, None)  # its value
+
     def _get_formatter(self) -> argparse.HelpFormatter:
         # Without a width it asks shutil for that of the terminal, which loads all compressors.
         return argparse.HelpFormatter(prog=self.prog, width=HELP_COLUMNS)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
+        raise UsageError(f"{message}\n{' '.join(self.format_usage().split())}")
 
 
 class ShowVersion(argparse.Action):
@@ -149,17 +182,12 @@ def build_parser() -> Parser:
     serve = commands.add_parser("serve", help="answer SageMaker on port 8080")
     serve.set_defaults(run=run_serve)
     serve.add_argument("--port", type=parse_port, default=SERVE_PORT, help=f"default: {SERVE_PORT}")
+    serve.add_argument("--log-format", choices=LOG_FORMATS, help="default: json lines")
 
     invoke = commands.add_parser("invoke", help="run a list of tasks as a batch")
-    invoke.add_argument("-t", "--tasks", metavar="JSON", help="the list of tasks itself")
-    invoke.add_argument(
-        "-f",
-        "--file",
-        metavar="URI",
-        help="where the list is: s3://BUCKET/KEY, s3://BUCKET/PREFIX/ (every *.json below it), "
-        "a local path, or - for standard input",
-    )
-    invoke.set_defaults(run=run_invoke, refuse=invoke.error)
+    invoke.set_defaults(run=run_invoke)
+    _add_task_list(invoke)
+    invoke.add_argument("--log-format", choices=LOG_FORMATS, help="default: json lines")
 
     run = commands.add_parser("run", help="run one task on local directories, without AWS")
     run.set_defaults(run=run_locally)
@@ -168,21 +196,37 @@ def build_parser() -> Parser:
     run.add_argument("--timeout", metavar="T", help="time limit: seconds, PT1H30M or 01:30:00")
     run.add_argument(
         "--log-format",
-        choices=("json", "text"),
+        choices=LOG_FORMATS,
         help="json lines as on the platform, or text (default: text on a terminal)",
     )
     run.add_argument(
         "cmd", nargs="*", metavar="CMD", help="the command, after --; default: the image's"
     )
 
-    check = commands.add_parser("check", help="say what would go wrong, and change nothing")
+    check = commands.add_parser("check", help="say what would go wrong, before it does")
     check.set_defaults(run=run_check)
+    _add_task_list(check)
     check.add_argument(
-        "-f", "--tasks-file", metavar="URI", help="also look at this task list, as in invoke --file"
+        "--read-only",
+        action="store_true",
+        help="do not try to write, and remove again, a small object where outputs go",
     )
-    check.add_argument("--log-format", choices=("json", "text"), help="as in run")
+    check.add_argument("--log-format", choices=LOG_FORMATS, help="as in run")
     check.add_argument("cmd", nargs="*", metavar="CMD", help="as in run")
+    for command in (serve, invoke, run, check):
+        command.set_defaults(refuse=command.error)
     return parser
+
+
+def _add_task_list(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-t", "--tasks", metavar="JSON", help="the list of tasks itself")
+    command.add_argument(
+        "-f",
+        "--file",
+        metavar="URI",
+        help="where the list is: s3://BUCKET/KEY, s3://BUCKET/PREFIX/ (every *.json below it), "
+        "a local path, or - for standard input",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,18 +234,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     occupy_standard_streams()
     stop = Stop()
     arguments = argparse.Namespace()
+    environ: dict[str, str] = {}
     try:
         take_signals(stop)
         environ = take_environment(os.environ)
         overwrite_environment()
         build_parser().parse_args(argv, arguments)
-        code: int = arguments.run(arguments, environ, stop)
-        return code
+        return run_command(arguments, environ, stop)
     except SystemExit as done:  # of --help and --version
         return int(done.code or 0)
     except Exception as error:
         write_failure(str(error) or type(error).__name__)
-        return exit_code(error, stop, Log(style=style_of(arguments)))
+        is_usage = isinstance(error, WRONG_USAGE)
+        style = usage_style(arguments, environ) if is_usage else style_of(arguments)
+        return exit_code(error, stop, Log(style=style))
+
+
+def run_command(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
+    """Run the command that was chosen; UsageError shows how it is called."""
+    try:
+        code: int = arguments.run(arguments, environ, stop)
+    except UsageError as error:
+        arguments.refuse(str(error))
+    return code
 
 
 def take_signals(stop: Stop) -> None:
@@ -252,15 +307,30 @@ def occupy_standard_streams() -> None:
 
 def style_of(arguments: argparse.Namespace) -> Style:
     """Return the form of the log lines: on the platform nobody reads them from a terminal."""
-    style: Style | None = getattr(arguments, "log_format", "json")
-    return style or ("text" if sys.stdout and sys.stdout.isatty() else "json")
+    style: Style | None = getattr(arguments, "log_format", None)
+    is_read = getattr(arguments, "command", None) in INTERACTIVE_COMMANDS and _is_terminal()
+    return style or ("text" if is_read else "json")
+
+
+def usage_style(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Style:
+    """Return the form of wrong usage: for people at a terminal, unless it is a job's."""
+    style: Style | None = getattr(arguments, "log_format", None)
+    is_job = any(name.startswith(PREFIX) for name in environ)
+    return style or ("text" if _is_terminal() and not is_job else "json")
+
+
+def _is_terminal() -> bool:
+    return bool(sys.stdout and sys.stdout.isatty())
 
 
 def exit_code(error: Exception, stop: Stop, log: Log) -> int:
     """Say what happened on stderr and return the exit code that stands for it."""
     if isinstance(error, WRONG_USAGE):
-        # Not by sys.stderr: a stream that is full or closed changes no exit code.
-        log.write("stderr", f"{PROGRAM}: {error}\n".encode(errors="backslashreplace"))
+        if log.is_text:
+            # Not by sys.stderr: a stream that is full or closed changes no exit code.
+            log.write("stderr", f"{PROGRAM}: {error}\n".encode(errors="backslashreplace"))
+        else:
+            log.error(str(error))
         return 2
     if isinstance(error, TaskStopped) or (stop.requested and isinstance(error, S3ClientError)):
         return 128 + (stop.signum or 0)
@@ -337,6 +407,7 @@ class Job:
             ),
             log=self.log,
             stop=stop,
+            keep_outputs_on_failure=store is not None,  # of somebody who can look at them
         )
         self._runtime = Runtime(
             settings=self.settings, store=self.store, mode=mode, log=self.log, stop=stop
@@ -373,18 +444,16 @@ def mode_of(settings: Settings) -> type[ExecMode | InvokeMode]:
 def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run a list of tasks up to the first that fails."""
     text, file = arguments.tasks, arguments.file
-    if text and file:
-        arguments.refuse("Only one of tasks or file should be set")
-    if not text and not file:
-        arguments.refuse("One of tasks or file should be set")
+    if not _names_tasks(arguments):
+        raise UsageError("One of tasks or file should be set")
     is_remote = bool(file) and _is_remote(file)
     # What can be refused at once is refused before anything is written or contacted.
     tasks = None if is_remote else _parse(_read_local(text, file, stop))
-    job = Job(environ=environ, stop=stop, title="Invoking the model")
+    job = Job(environ=environ, stop=stop, title="Invoking the model", style=style_of(arguments))
     job.complete()
     if tasks is None:
         tasks = _parse(_read_remote(file, job.store, stop))
-    with job.ready() as is_ready:
+    with exclusive(job.settings, job.log), job.ready() as is_ready:
         if is_ready and job.runner.run_tasks(tasks):
             job.log.info("Model invocation complete")
     return 0
@@ -395,7 +464,9 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
     from shim.server import build_server
     from shim.service import Service, resolve_command_uid
 
-    job = Job(environ=environ, stop=stop, title="Starting the model server")
+    job = Job(
+        environ=environ, stop=stop, title="Starting the model server", style=style_of(arguments)
+    )
     uid = resolve_command_uid(job.settings.user)
     service = Service(runner=job.runner, log=job.log, command_uid=uid)
     try:
@@ -407,7 +478,7 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
         raise PlatformFailure(f"port {arguments.port}: {error}") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with job.ready() as is_ready:
+        with exclusive(job.settings, job.log), job.ready() as is_ready:
             if is_ready:
                 service.open()
                 while not wait_readable(stop, service, seconds=QUIET_SECONDS):
@@ -427,11 +498,17 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
 def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run one task on local directories as the platform would; 0 when it succeeded."""
-    from shim.rehearsal import plan_rehearsal
+    from shim.rehearsal import (
+        PATH_VARIABLES,
+        Found,
+        holds_something,
+        plan_rehearsal,
+        restoring,
+        task_paths,
+    )
     from shim.s3.directory import DirectoryStore
 
-    held = arguments.output.is_dir() and any(arguments.output.iterdir())
-    with _scratch() as scratch:
+    with _scratch(Log(style=style_of(arguments))) as scratch:
         plan = plan_rehearsal(
             Settings.from_environ(environ),
             input_directory=arguments.input,
@@ -440,17 +517,25 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
             cmd=tuple(arguments.cmd),
             scratch=scratch,
         )
+        store = DirectoryStore.from_buckets(plan.buckets)
+        refuse_unwritable(store, plan.task, arguments.output)
         job = Job(
             environ={**environ, **plan.variables},
             stop=stop,
             title=f"Running a task from {arguments.input} to {arguments.output}",
             settings=plan.settings,
-            store=DirectoryStore.from_buckets(plan.buckets),
+            store=store,
             style=style_of(arguments),
         )
-        if held:
+        if holds_something(arguments.output):
             job.log.warning(f"{arguments.output} is not empty: what it holds stays in it")
-        with job.ready() as is_ready:
+        if plan.variables:
+            job.log.warning(
+                "Without root, the directories of the command are elsewhere: it finds its inputs "
+                f"in ${PATH_VARIABLES[0]} and puts its outputs into ${PATH_VARIABLES[1]}"
+            )
+        found = [Found.look(path) for path in task_paths(plan.settings)]
+        with exclusive(job.settings, job.log), restoring(found), job.ready() as is_ready:
             result = job.runner.run_task(plan.task) if is_ready else None
     if result is None:
         return 1
@@ -462,23 +547,42 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
     return int(result.return_code != 0)
 
 
+def refuse_unwritable(store: Store, task: InferenceTask, output: Path) -> None:
+    """Find out before the run whether its outputs and its result can be stored."""
+    place = result_key(task.output_prefix).rpartition("/")[0]
+    try:
+        store.probe(task.output_bucket_name, f"{place}/")
+    except S3ClientError as error:
+        raise UsageError(f"--output {output}: {error}") from error
+
+
 @contextmanager
-def _scratch() -> Iterator[Path | None]:
+def _scratch(log: Log) -> Iterator[Path | None]:
     """Give a place for /input and /output to those who cannot make them."""
     if os.geteuid() == 0:
         yield None
         return
-    from tempfile import TemporaryDirectory
+    from shutil import rmtree
+    from tempfile import mkdtemp
 
-    with TemporaryDirectory(prefix="sagemaker-shim-") as directory:
-        yield Path(directory)
+    scratch = Path(mkdtemp(prefix="sagemaker-shim-"))
+    try:
+        yield scratch
+    finally:
+        # Outputs that could not be stored are kept, whatever name they had for the command.
+        outputs = scratch / "output"
+        if outputs.is_dir() and any(outputs.iterdir()):
+            log.error(f"What could not be stored is in {outputs}")
+        else:
+            rmtree(scratch, ignore_errors=True)
 
 
 def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Say what would go wrong; 0 when nothing certainly would."""
     from shim import preflight
 
-    file = arguments.tasks_file
+    text, file = arguments.tasks, arguments.file
+    is_list_given = _names_tasks(arguments)
 
     def connect(settings: Settings) -> Store:
         # The metadata of a machine that is none of Amazon's keep us waiting.
@@ -488,25 +592,45 @@ def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
     def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
         return _parse(
-            _read_remote(file, store, stop) if _is_remote(file) else _read_local(None, file, stop)
+            _read_remote(file, store, stop)
+            if file and _is_remote(file)
+            else _read_local(text, file, stop)
         )
 
     log = Log(style=style_of(arguments))
-    code = 0
+    findings = []
     for finding in preflight.examine(
         environ,
         cmd=tuple(arguments.cmd),
         connect=connect,
-        read_tasks=read_tasks if file else None,
+        read_tasks=read_tasks if is_list_given else None,
+        is_read_only=arguments.read_only,
     ):
         stop.check()
         preflight.tell(finding, log)
-        code |= finding.level == preflight.ERROR
-    return code
+        findings.append(finding)
+    preflight.tell_verdict(findings, log)
+    return int(any(finding.level == preflight.ERROR for finding in findings))
+
+
+def _names_tasks(arguments: argparse.Namespace) -> bool:
+    """Tell whether a task list is given; UsageError when two are."""
+    if arguments.tasks and arguments.file:
+        raise UsageError("Only one of tasks or file should be set")
+    return bool(arguments.tasks or arguments.file)
 
 
 def _is_remote(file: str) -> bool:
-    return file.startswith(("s3://", "https://"))
+    """Tell whether a task list is an object; UsageError when it is of another kind of URI."""
+    if file.startswith(("s3://", "https://")):
+        return True
+    scheme, separator, _ = file.partition("://")
+    if separator and scheme.isalnum():
+        raise UsageError(
+            "The value provided for file is invalid: expected s3://BUCKET/KEY, "
+            f"https://BUCKET/KEY, a local path or - for standard input, found {scheme}://"
+        )
+    return False
 
 
 def _read_local(text: str | None, file: str, stop: Stop) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
 """Find what would go wrong in a run before it does.
 
 Rule 1: what the run decides is asked of the code that the run uses, not decided again.
-Rule 2: nothing is made, removed or written, on disk or in a bucket; nothing of the user's is run.
+Rule 2: nothing is made, removed or written, on disk or in a bucket, but for one small object where
+        outputs go, which is removed again; nothing of the user's is run.
 Rule 3: an error says that the run would fail, a warning that it may; both say what to do.
 """
 
@@ -9,19 +10,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shim.command import resolve_argv
 from shim.errors import InvalidSettings, UsageError, UserSafeError
+from shim.frozen import carried_bundle
 from shim.modes import resolve_spec
 from shim.process import MemoryEvents, start
 from shim.s3.client import S3Client
 from shim.s3.endpoints import configured_endpoint_url
 from shim.s3.errors import S3ClientError, ServiceError
+from shim.scripts import find_fault
 from shim.settings import PREFIX, VARIABLES, Settings
-from shim.tasks import InferenceIO, InferenceTask
+from shim.tasks import InferenceIO, InferenceTask, result_key, runtime_setup_key
 from shim.users import User, resolve_user
 from shim.workspace import is_mount_point
 
@@ -34,9 +37,11 @@ OK, WARNING, ERROR = "ok", "warning", "error"
 LOG_LEVELS = {OK: "INFO", WARNING: "WARNING", ERROR: "ERROR"}
 
 MIB = 1024 * 1024
+FORBIDDEN = 403
 MOST_INPUTS = 100
-# What container engines give unless they are asked for more.
-USUAL_SHARED_MEMORY_BYTES = 64 * MIB
+MOST_PREFIXES = 20
+# What container engines give unless they are asked for more; podman's k is 1,000 bytes.
+USUAL_SHARED_MEMORY_BYTES = 65_536_000
 SHARED_MEMORY = Path("/dev/shm")
 UNREADABLE = "check the key, and that the credentials may read it"
 MOUNTS = Path("/proc/self/mountinfo")
@@ -56,12 +61,16 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Situation:
-    """What the run would start with; `read_tasks` is None where no task list is given."""
+    """What the run would start with; `read_tasks` is None where no task list is given.
+
+    is_read_only: nothing is written into a bucket, not even for a moment.
+    """
 
     settings: Settings
     environ: Mapping[str, str] = field(repr=False)
     connect: Callable[[Settings], Store]
     read_tasks: Callable[[Store], tuple[InferenceTask, ...]] | None = None
+    is_read_only: bool = False
 
     @property
     def names_objects(self) -> bool:
@@ -75,6 +84,7 @@ def examine(
     cmd: tuple[str, ...],
     connect: Callable[[Settings], Store],
     read_tasks: Callable[[Store], tuple[InferenceTask, ...]] | None,
+    is_read_only: bool = False,
 ) -> Iterator[Finding]:
     """Yield what every check finds.
 
@@ -88,7 +98,11 @@ def examine(
     if cmd:
         settings = replace(settings, entrypoint=None, cmd=cmd)
     situation = Situation(
-        settings=settings, environ=environ, connect=connect, read_tasks=read_tasks
+        settings=settings,
+        environ=environ,
+        connect=connect,
+        read_tasks=read_tasks,
+        is_read_only=is_read_only,
     )
     for check in CHECKS:
         try:
@@ -107,6 +121,18 @@ def tell(finding: Finding, log: Log) -> None:
     else:
         level = LOG_LEVELS[finding.level]
         log.lines([f"{finding.subject}: {message}"], level=level, internal=True, task=None)
+
+
+def tell_verdict(findings: Sequence[Finding], log: Log) -> None:
+    """Write how much was found, as the last line."""
+    counts = [
+        (sum(finding.level == level for finding in findings), level) for level in (ERROR, WARNING)
+    ]
+    verdict = ", ".join(f"{count} {level}{'s' * (count != 1)}" for count, level in counts)
+    if log.is_text:
+        log.write("stdout", f"{verdict}\n".encode())
+    else:
+        log.info(verdict)
 
 
 def check_variables(environ: Mapping[str, str]) -> Generator[Finding, None, Settings | None]:
@@ -174,9 +200,9 @@ def check_command(situation: Situation) -> Iterator[Finding]:
         spec = resolve_spec(situation.settings, situation.environ)
     except UserSafeError:
         return  # said by the checks of its parts
-    path = {name: value for name, value in spec.env.items() if name == "PATH"}
+    path = spec.env.get("PATH", os.defpath)
     try:
-        trial = start(replace(spec, argv=spec.argv[:1], env=path, is_trial=True))
+        trial = start(replace(spec, argv=spec.argv[:1], env={"PATH": path}, is_trial=True))
     except UserSafeError as error:
         yield Finding(ERROR, "command", str(error))
         return
@@ -186,6 +212,9 @@ def check_command(situation: Situation) -> Iterator[Finding]:
     machine = os.uname().machine
     message = f"the user may execute {spec.argv[0]!r}, a program for this machine ({machine})"
     yield Finding(OK, "command", message)
+    fault = find_fault(spec.argv, path=path, user=_find_user(situation))
+    if fault:
+        yield Finding(ERROR, "command", fault)
 
 
 def check_input(situation: Situation) -> Iterator[Finding]:
@@ -301,6 +330,11 @@ def check_storage(situation: Situation) -> Iterator[Finding]:
             yield Finding(OK, "storage", "a directory: needs no network and no credentials")
         tasks = yield from _check_tasks(store, situation)
         if is_ready:
+            yield from _check_buckets(store, situation.settings, tasks)
+            if situation.is_read_only:
+                yield Finding(OK, "outputs", "writing is not tried")
+            else:
+                yield from _check_writing(store, situation.settings, tasks)
             yield from _check_archives(store, situation.settings)
             yield from _check_inputs(store, [item for task in tasks for item in task.inputs])
     finally:
@@ -330,8 +364,9 @@ def _check_authorities(store: S3Client, situation: Situation) -> Iterator[Findin
     except S3ClientError as error:
         yield Finding(level, "authorities", f"{error}: name another in AWS_CA_BUNDLE")
         return
-    if count or os.path.isdir(store.trust.source):
-        yield Finding(OK, "authorities", f"{count} certificates, read from {store.trust.source}")
+    source = store.trust.source.replace(carried_bundle() or "\0", "those carried by this program")
+    if count or os.path.isdir(source):
+        yield Finding(OK, "authorities", f"{count} certificates, read from {source}")
         return
     advice = "install ca-certificates in the image, or name a bundle in AWS_CA_BUNDLE"
     yield Finding(level, "authorities", f"no certificates, {store.trust.source}: {advice}")
@@ -361,8 +396,7 @@ def _check_archives(store: Store, settings: Settings) -> Iterator[Finding]:
                 )
     places = settings.runtime_output_bucket_name, settings.runtime_output_prefix
     if all(places):
-        place = f"s3://{places[0]}/{places[1]}"
-        yield Finding(OK, "set-up result", f"goes below {place!r}; writing is not tried")
+        yield Finding(OK, "set-up result", f"goes below {f's3://{places[0]}/{places[1]}'!r}")
     elif any(places):
         message = "goes nowhere: set both its bucket and its prefix, or neither"
         yield Finding(WARNING, "set-up result", message)
@@ -381,9 +415,63 @@ def _check_tasks(
             yield Finding(ERROR, "tasks", line)
         return ()
     yield Finding(OK, "tasks", f"{len(tasks)} in the list, which is valid")
-    buckets = ", ".join(sorted({task.output_bucket_name for task in tasks}))
-    yield Finding(OK, "outputs", f"go to {buckets}; writing is not tried")
     return tasks
+
+
+def _check_buckets(
+    store: Store, settings: Settings, tasks: Sequence[InferenceTask]
+) -> Iterator[Finding]:
+    """Look at each bucket that is named."""
+    archives = [location.bucket for location in (settings.model, settings.ground_truth) if location]
+    inputs = [item.bucket_name for task in tasks for item in task.inputs]
+    outputs = [bucket for bucket, _ in _places_of_results(settings, tasks)]
+    good = []
+    for bucket in dict.fromkeys((*archives, *inputs, *outputs)):
+        try:
+            store.head_bucket(bucket)
+            good.append(bucket)
+        except ServiceError as error:
+            if error.status == FORBIDDEN:
+                message = f"{error}: the credentials may not list it, or it is somebody else's"
+                yield Finding(WARNING, "buckets", message)
+            else:
+                yield Finding(ERROR, "buckets", f"{error}: check its name and its region")
+    if good:
+        yield Finding(OK, "buckets", f"are there: {', '.join(good)}")
+
+
+def _check_writing(
+    store: Store, settings: Settings, tasks: Sequence[InferenceTask]
+) -> Iterator[Finding]:
+    """Write a small object where each result goes, and remove it again."""
+    places = _places_of_results(settings, tasks)
+    for bucket, prefix in places[:MOST_PREFIXES]:
+        place = f"s3://{bucket}/{prefix}"
+        try:
+            store.probe(bucket, prefix)
+            yield Finding(OK, "outputs", f"can be written below {place!r}")
+        except ServiceError as error:
+            if error.operation == "DeleteObject":  # which no run needs
+                message = f"{error}: it was only there to see that it can be written; remove it"
+                yield Finding(WARNING, "outputs", message)
+            else:
+                message = f"{error}: let the credentials write below {place!r}"
+                yield Finding(ERROR, "outputs", message)
+        except S3ClientError as error:
+            yield Finding(ERROR, "outputs", f"{error}: nothing could be written to {place!r}")
+    if len(places) > MOST_PREFIXES:
+        others = len(places) - MOST_PREFIXES
+        yield Finding(OK, "outputs", f"the other {others} prefixes are not tried")
+
+
+def _places_of_results(settings: Settings, tasks: Sequence[InferenceTask]) -> list[tuple[str, str]]:
+    """Return the bucket and the prefix of each result, of the set-up and of the tasks."""
+    keys = [(task.output_bucket_name, result_key(task.output_prefix)) for task in tasks]
+    if settings.runtime_output_bucket_name and settings.runtime_output_prefix:
+        key = runtime_setup_key(settings.runtime_output_prefix)
+        keys.insert(0, (settings.runtime_output_bucket_name, key))
+    places = [(bucket, f"{key.rpartition('/')[0]}/") for bucket, key in keys]
+    return list(dict.fromkeys(places))
 
 
 def _check_inputs(store: Store, inputs: list[InferenceIO]) -> Iterator[Finding]:

@@ -6,30 +6,39 @@ The input directory is read as a prefix of a bucket, the output directory is wri
     /output/...        -> OUT/...               --output OUT
     the signed result  -> OUT/.sagemaker_shim/inference_result.json
 
-Root gets the platform's own paths. Nobody else can make /input and /output: both lie below a
-temporary directory then, and the command is told where by SHIM_INPUT_PATH and SHIM_OUTPUT_PATH.
+Root gets the platform's own paths, and finds them again as they were before. Nobody else can make
+/input and /output: both lie below a temporary directory then. Where namespaces are allowed, they
+are shown under the platform's names; elsewhere SHIM_INPUT_PATH and SHIM_OUTPUT_PATH name them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 from shim.durations import parse_duration
 from shim.errors import UsageError
+from shim.namespaces import show
 from shim.settings import Settings
 from shim.tasks import InferenceIO, InferenceTask
 
 PK = "run"
+PATH_VARIABLES = ("SHIM_INPUT_PATH", "SHIM_OUTPUT_PATH")
 INPUT_BUCKET = "input"
 OUTPUT_BUCKET = "output"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rehearsal:
-    """A task, the settings to run it with, and what stands for its buckets."""
+    """A task, the settings to run it with, and what stands for its buckets.
+
+    - variables: those that tell the command where its directories are, if it must be told
+    """
 
     task: InferenceTask
     settings: Settings
@@ -46,7 +55,7 @@ def plan_rehearsal(
     cmd: tuple[str, ...],
     scratch: Path | None,
 ) -> Rehearsal:
-    """Plan a task of everything in a directory.
+    """Plan a task of everything in a directory; without root, move to where it can run.
 
     - cmd: replaces the image's entrypoint and command unless it is empty
     - scratch: an empty directory for /input and /output, or None to use the platform's paths
@@ -58,13 +67,7 @@ def plan_rehearsal(
     if cmd:
         settings = replace(settings, entrypoint=None, cmd=cmd)
     settings = replace(settings, runtime_output_bucket_name=None, runtime_output_prefix=None)
-    variables: dict[str, str] = {}
-    if scratch is None:
-        settings = _spare(settings)
-    else:
-        settings = _confine(settings, scratch)
-        variables["SHIM_INPUT_PATH"] = str(settings.input_path)
-        variables["SHIM_OUTPUT_PATH"] = str(settings.output_path)
+    settings, variables = _confine(settings, scratch) if scratch else (_spare(settings), {})
     task = InferenceTask(
         pk=PK,
         inputs=(
@@ -127,32 +130,106 @@ def _parse_timeout(text: str | None) -> timedelta | None:
         raise UsageError(f"--timeout {text}: {error}") from error
 
 
-def _confine(settings: Settings, scratch: Path) -> Settings:
-    """Keep to one directory, as without root there is no other choice."""
-    return replace(
+def _confine(settings: Settings, scratch: Path) -> tuple[Settings, dict[str, str]]:
+    """Keep to one directory, as without root there is no other choice.
+
+    Return the variables, too, that tell the command so; none where it need not know.
+    """
+    names = settings.input_path, settings.output_path
+    directories = scratch / "input", scratch / "output"
+    for path in (*directories, scratch / "root"):
+        path.mkdir()
+    is_shown = show(dict(zip(names, directories, strict=True)), root=scratch / "root")
+    input_path, output_path = names if is_shown else directories
+    settings = replace(
         settings,
-        input_path=scratch / "input",
-        output_path=scratch / "output",
+        input_path=input_path,
+        output_path=output_path,
         use_linked_input=False,
         writable_directories=(),
         post_clean_directories=(),
+    )
+    return settings, {} if is_shown else dict(
+        zip(PATH_VARIABLES, map(str, directories), strict=True)
     )
 
 
 def _spare(settings: Settings) -> Settings:
     """Refuse to empty what somebody filled: outside a container it may be dear to them."""
     for path in (settings.input_path, settings.output_path):
-        if not path.is_symlink() and _holds_something(path):
+        is_replaced = path == settings.input_path and path.is_symlink()
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is no directory, and a task makes one there: move it away")
+        if not is_replaced and holds_something(path):
             raise UsageError(
                 f"{path} is not empty, and a task begins by emptying it: move its contents away"
             )
     return replace(
         settings,
         post_clean_directories=tuple(
-            path for path in settings.post_clean_directories if not _holds_something(path)
+            path for path in settings.post_clean_directories if not holds_something(path)
         ),
     )
 
 
-def _holds_something(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir())
+def task_paths(settings: Settings) -> tuple[Path, ...]:
+    """Return what the run's task makes, or makes anew."""
+    linked = settings.linked_input_parent / f"{PK}-input"
+    return settings.input_path, settings.output_path, linked
+
+
+@contextmanager
+def restoring(found: Sequence[Found]) -> Iterator[None]:
+    """Make everything as it was found, as far as that is possible."""
+    try:
+        yield
+    finally:
+        for item in found:
+            with suppress(OSError):
+                item.restore()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies at a path that a run makes and changes: nothing, a link or a directory."""
+
+    path: Path
+    status: os.stat_result | None
+    target: str
+
+    @staticmethod
+    def look(path: Path) -> Found:
+        """Return what is there."""
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return Found(path, None, "")
+        return Found(path, status, os.readlink(path) if stat.S_ISLNK(status.st_mode) else "")
+
+    def restore(self) -> None:
+        """Remove what is something else by now, and make again what was there."""
+        now = Found.look(self.path)
+        is_same = now.kind == self.kind and now.target == self.target
+        if now.status is not None and not is_same:
+            self.path.rmdir() if now.kind == stat.S_IFDIR else self.path.unlink()
+        if self.kind == stat.S_IFLNK and not is_same:
+            self.path.symlink_to(self.target)
+        elif self.kind == stat.S_IFDIR and not is_same:
+            self.path.mkdir()
+        if self.kind == stat.S_IFDIR and self.status is not None:
+            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            os.fchown(directory, self.status.st_uid, self.status.st_gid)
+            os.fchmod(directory, stat.S_IMODE(self.status.st_mode))
+            os.close(directory)
+
+    @property
+    def kind(self) -> int:
+        """The type of file, 0 for nothing."""
+        return stat.S_IFMT(self.status.st_mode) if self.status else 0
+
+
+def holds_something(path: Path) -> bool:
+    """Tell whether a directory is there and not empty, as far as we may see."""
+    with suppress(PermissionError):
+        return path.is_dir() and any(path.iterdir())
+    return False

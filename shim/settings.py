@@ -55,9 +55,15 @@ def _integers(minimum: int, maximum: int) -> Form:
     return Form(parse, f"a whole number from {minimum} to {maximum}")
 
 
-def _paths(accepted: str, is_accepted: Callable[[str], object]) -> Form:
-    form = _texts(accepted, is_accepted)
-    return Form(lambda text: Path(form.parse(text)), accepted)
+def _parse_path(text: str) -> Path:
+    """Return an absolute path as it is spelled without `//`, `.` and `..`, which is what is judged.
+
+    Links are not looked at here, but where the directory is opened.
+    """
+    names = os.path.normpath(_TEXT.parse(text)).strip("/").split("/")
+    if not os.path.isabs(text) or "\0" in text or _SYSTEM_NAME.fullmatch(names[0]):
+        raise ValueError
+    return Path("/", *names)
 
 
 def _lists(form: Form) -> Form:
@@ -103,11 +109,12 @@ def _parse_seconds(text: str) -> timedelta:
 _TEXT = _texts("text in UTF-8", lambda text: True)
 _FLAG = Form(lambda text: text.lower() == "true", "True or anything else")
 _COMMAND = Form(_parse_command, "base64 of JSON: null, a string or a list of strings")
-_PATH = _paths("an absolute path", os.path.isabs)
-# What is emptied is no place to mistake for another: not the root under any of its names.
-_EMPTIED_PATH = _paths(
-    "an absolute path other than /",
-    lambda text: os.path.isabs(text) and os.path.normpath(text).strip("/"),
+# What is made, emptied or given away as root is nothing that the system consists of.
+_SYSTEM_NAME = re.compile("|etc|usr|bin|sbin|lib.*|root|boot|dev|proc|sys", re.DOTALL)
+_PATH = Form(
+    _parse_path,
+    "an absolute path, not / and not in /etc, /usr, /bin, /sbin, /lib*, /root, /boot, /dev, /proc "
+    "or /sys",
 )
 _ARCHIVE = Form(_parse_archive, "s3://bucket/key or https://bucket/key")
 _BUCKET_NAME = _texts("the name of a bucket or the ARN of an access point", is_bucket_name)
@@ -160,10 +167,10 @@ class Settings:
         "SET_EXTRA_GROUPS", "True", _FLAG, "`True` gives the process the user's other groups too"
     )
     input_path: Path = _variable(
-        "INPUT_PATH", "/input", _EMPTIED_PATH, "where the process reads its inputs"
+        "INPUT_PATH", "/input", _PATH, "where the process reads its inputs"
     )
     output_path: Path = _variable(
-        "OUTPUT_PATH", "/output", _EMPTIED_PATH, "where the process writes its outputs"
+        "OUTPUT_PATH", "/output", _PATH, "where the process writes its outputs"
     )
     use_linked_input: bool = _variable(
         "USE_LINKED_INPUT", "True", _FLAG, "`True` makes the input path a link to another directory"
@@ -193,7 +200,7 @@ class Settings:
     post_clean_directories: tuple[Path, ...] = _variable(
         "POST_CLEAN_DIRECTORIES",
         _PLATFORM_DIRECTORIES,
-        _lists(_EMPTIED_PATH),
+        _lists(_PATH),
         "emptied at the end",
     )
     signing_key: bytes = _variable(

@@ -22,11 +22,11 @@ s3 s3.errors s3.uri s3.urls s3.exposure
 s3.checksums s3.sigv4 s3.profiles s3.endpoints s3.retries s3.xml
 tasks settings command
 logs frozen privacy users executables descendants killer ipc launch relay process
-workspace archives loopback sockets
+workspace locks archives loopback sockets
 s3.affinity s3.crew s3.buffers s3.store s3.wire s3.tls s3.http1 s3.transport
 s3.credential_sources s3.credentials s3.operations s3.pace s3.download s3.upload
 s3.directory s3.client s3.transfer
-modes invoke_mode inputs runner runtime preflight rehearsal
+modes invoke_mode inputs runner runtime scripts preflight namespaces rehearsal
 server service
 cli __main__
 """.split()

@@ -21,10 +21,12 @@ from shim.process import MemoryEvents, start
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import ServiceError
+from shim.s3.transport import IMAGE_BUNDLES
 from shim.settings import Settings
 from shim.tasks import parse_tasks
 from shim.workspace import Workspace
 from tests.e2e.platform import P, b64j
+from tests.fakes.s3_double import Exchange, S3Double
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root
 from tests.test_executables import CASES
 from tests.test_workspace import RecordingLog, in_mount_namespace
@@ -441,13 +443,14 @@ def test_shared_memory(build: Build, tmp_path: Path) -> None:
     assert [WARNING] == levels(preflight.check_shared_memory(build(), tmp_path / "none"))
     script = """
 from tests.test_preflight import *
-for size in ("1m", "63m", "64m", "1g"):
+for size in ("1m", "62m", "64000k", "64m", "1g"):
     mount("-t", "tmpfs", "-o", f"size={size}", "none", root)
     print(*found(preflight.check_shared_memory(None, root))[0])
 """
     assert [
         (WARNING, "1"),
-        (WARNING, "63"),
+        (WARNING, "62"),
+        (OK, "62"),
         (OK, "64"),
         (OK, "1024"),
     ] == [
@@ -629,6 +632,7 @@ def test_archives_are_looked_for(build: Build, tmp_path: Path) -> None:
     (tmp_path / "s3/b/model.tar").write_bytes(b"12345")
     situation = build(MODEL="s3://b/model.tar", GROUND_TRUTH="s3://b/none.tar")
     assert [
+        ("buckets", OK, "are there: b"),
         ("model", OK, "s3://b/model.tar has 5 bytes"),
         ("ground truth", ERROR, missing(build, "none.tar")),
     ] == objects(situation)
@@ -640,7 +644,11 @@ def test_archives_are_looked_for(build: Build, tmp_path: Path) -> None:
         pytest.param({}, [], id="neither"),
         pytest.param(
             {"RUNTIME_OUTPUT_BUCKET_NAME": "b", "RUNTIME_OUTPUT_PREFIX": "p"},
-            [("set-up result", OK, "goes below 's3://b/p'; writing is not tried")],
+            [
+                ("buckets", OK, "are there: b"),
+                ("outputs", OK, "can be written below 's3://b/p/.sagemaker_shim/'"),
+                ("set-up result", OK, "goes below 's3://b/p'"),
+            ],
             id="both",
         ),
         pytest.param(
@@ -662,16 +670,126 @@ def test_place_of_the_setup_result(
     assert expected == objects(build(**variables))
 
 
-def test_inputs_are_looked_for_and_outputs_are_not_tried(build: Build, tmp_path: Path) -> None:
+def test_inputs_are_looked_for_and_outputs_are_tried(build: Build, tmp_path: Path) -> None:
     (tmp_path / "s3/b/in").mkdir(parents=True)
     (tmp_path / "s3/b/in/a").write_bytes(b"")
     assert [
         ("tasks", OK, "1 in the list, which is valid"),
-        ("outputs", OK, "go to b; writing is not tried"),
+        ("buckets", OK, "are there: b"),
+        ("outputs", OK, "can be written below 's3://b/out/.sagemaker_shim/'"),
         ("inputs", ERROR, missing(build, "in/none")),
         ("inputs", WARNING, "nothing lies below 's3://b/other/': check the prefix"),
         ("inputs", OK, "2 of 4 can be read"),
     ] == objects(build(), task(["in/a", "in/none", "in/", "other/"]))
+    assert ["b", "b/in", "b/in/a"] == [
+        str(path.relative_to(tmp_path / "s3")) for path in sorted((tmp_path / "s3").rglob("*"))
+    ]
+
+
+@pytest.fixture
+def double() -> Iterator[S3Double]:
+    with S3Double(credentials={KEYS["AWS_ACCESS_KEY_ID"]: KEYS["AWS_SECRET_ACCESS_KEY"]}) as double:
+        double.buckets["b"] = {}
+        yield double
+
+
+def reach_double(build: Build, double: S3Double, **more: Any) -> list[tuple[str, str, str]]:
+    """Return what is found about buckets and outputs of a strict imitation of S3."""
+    environ = {**KEYS, "AWS_S3_ENDPOINT_URL": double.url, "AWS_DEFAULT_REGION": double.region}
+    options: Any = {"concurrency": 1, "max_connections": 1, "log": print, "run_helper": print}
+    situation = replace(
+        build(),
+        connect=lambda _: connect(environ, **options),
+        read_tasks=lambda _: parse_tasks(task([])),
+        **more,
+    )
+    return [
+        (finding.subject, finding.level, finding.message)
+        for finding in preflight.check_storage(situation)
+        if finding.subject in ("buckets", "outputs")
+    ]
+
+
+def refuse_all(status: int, operation: str) -> Callable[[Exchange], None]:
+    def fault(exchange: Exchange) -> None:
+        if exchange.operation == operation:
+            exchange.body()
+            exchange.refuse(status, "AccessDenied" if status == 403 else "NoSuchBucket", "No")
+        else:
+            exchange.answer()
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("status", "operation", "expected"),
+    [
+        pytest.param(200, "", [("buckets", OK), ("outputs", OK)], id="all is well"),
+        pytest.param(403, "HeadBucket", [("buckets", WARNING), ("outputs", OK)], id="not listed"),
+        pytest.param(404, "HeadBucket", [("buckets", ERROR), ("outputs", OK)], id="no bucket"),
+        pytest.param(403, "PutObject", [("buckets", OK), ("outputs", ERROR)], id="not written"),
+        pytest.param(403, "DeleteObject", [("buckets", OK), ("outputs", WARNING)], id="kept"),
+    ],
+)
+def test_buckets_are_looked_at_and_written_to(
+    build: Build,
+    double: S3Double,
+    status: int,
+    operation: str,
+    expected: list[tuple[str, str]],
+) -> None:
+    double.faults = [refuse_all(status, operation)] * 10 if operation else []
+    actual = reach_double(build, double)
+    assert expected == [finding[:2] for finding in actual]
+    assert all(operation in message for _, level, message in actual if level != OK)
+    left = list(double.buckets["b"])
+    assert (operation == "DeleteObject") == bool(left)
+    assert all(key.startswith("out/.sagemaker_shim/") for key in left)
+
+
+def test_nothing_is_written_where_that_is_not_wanted(build: Build, double: S3Double) -> None:
+    assert [OK, OK] == [level for _, level, _ in reach_double(build, double, is_read_only=True)]
+    assert ["HeadBucket"] == double.operations()
+
+
+def test_output_that_cannot_be_written_in_a_directory_is_told(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "s3/b").mkdir(parents=True)
+    (tmp_path / "s3/b/out").touch()
+    assert ("outputs", ERROR) in [found[:2] for found in objects(build(), task([]))]
+
+
+def test_certificates_that_the_program_carries_are_named_so(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = next(path for path in IMAGE_BUNDLES if os.path.isfile(path))
+    monkeypatch.setattr(preflight, "carried_bundle", lambda: bundle)
+    message = reach(build, {"AWS_CA_BUNDLE": bundle})[0][2]
+    assert message.endswith("certificates, read from those carried by this program")
+
+
+def test_faults_of_scripts_are_errors_of_the_command(build: Build, tmp_path: Path) -> None:
+    situation = build(cmd=["python3", f"{tmp_path}/none.py"])
+    (good, fault) = found(preflight.check_command(situation))
+    assert (OK, ERROR) == (good[0], fault[0])
+    assert f"python3 is given '{tmp_path}/none.py', which does not exist" in fault[1]
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ([], "0 errors, 0 warnings"),
+        ([OK, ERROR, WARNING], "1 error, 1 warning"),
+        ([ERROR, WARNING, ERROR, WARNING, WARNING], "2 errors, 3 warnings"),
+    ],
+)
+def test_verdict_is_the_last_line(
+    found: list[str], verdict: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    findings = [Finding(level, "x", "y") for level in found]
+    preflight.tell_verdict(findings, Log(style="text"))
+    assert f"{verdict}\n" == capfd.readouterr().out
+    preflight.tell_verdict(findings, Log())
+    assert [("INFO", verdict, True)] == parsed(capfd.readouterr().out)
 
 
 def test_only_the_first_inputs_are_looked_for(build: Build, tmp_path: Path) -> None:
@@ -698,6 +816,7 @@ def test_examine_changes_nothing(build: Build, tmp_path: Path) -> None:
             cmd=("touch", f"{tmp_path}/touched"),
             connect=situation.connect,
             read_tasks=lambda _: parse_tasks(task(["a"])),
+            is_read_only=True,
         )
     )
     assert f"['touch', '{tmp_path}/touched']" in [finding.message for finding in findings]

@@ -129,6 +129,20 @@ def test_a_large_object_with_one_checksum_is_read_where_boto3_fails(
     assert body == (tmp_path / "copy").read_bytes()
 
 
+def test_a_bucket_is_looked_at_and_written_to_without_a_trace(
+    server: S3Server, new_bucket: Callable[[S3Server], str]
+) -> None:
+    bucket, client = new_bucket(server), client_of(server)
+    client.head_bucket(bucket)
+    client.put(bucket, "kept", b"")
+    client.probe(bucket, "a prefix/")
+    assert ["kept"] == [summary.key for summary in client.list(bucket, "")]
+    for refused in (client.head_bucket, lambda name: client.probe(name, "x/")):
+        with pytest.raises(ServiceError) as caught:
+            refused(f"{bucket}-none")
+        assert 404 == caught.value.status
+
+
 def test_metadata_come_back_under_their_names(
     server: S3Server, new_bucket: Callable[[S3Server], str]
 ) -> None:

@@ -243,3 +243,30 @@ def test_downloads_are_for_everybody_and_objects_as_the_umask_says(
         oct(p.stat().st_mode & 0o777) for p in (tmp_path / "copy", tmp_path / "root/bucket/d/key")
     ]
     assert [oct(0o644), oct(0o666 & ~umask)] == modes
+
+
+def test_a_place_is_written_to_without_a_trace(store: DirectoryStore, tmp_path: Path) -> None:
+    store.put("bucket", "kept/x", b"")
+    before = sorted(tmp_path.rglob("*"))
+    for bucket, prefix in (("bucket", "kept/"), ("bucket", "new/deep/"), ("new", "a/")):
+        store.head_bucket(bucket)
+        store.probe(bucket, prefix)
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("prefix", ["kept/x/", "kept/x/y/", "../out/"])
+def test_a_place_that_cannot_be_written_to_is_told(
+    store: DirectoryStore, tmp_path: Path, prefix: str
+) -> None:
+    store.put("bucket", "kept/x", b"")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(S3ClientError):
+        store.probe("bucket", prefix)
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+def test_a_bucket_that_is_a_file_is_none(store: DirectoryStore, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/bucket").touch()
+    with pytest.raises(ServiceError, match="HeadBucket"):
+        store.head_bucket("bucket")

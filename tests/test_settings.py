@@ -80,7 +80,10 @@ def test_defaults_are_those_of_the_contract() -> None:
         ("SET_EXTRA_GROUPS", "1", "set_extra_groups", False),
         ("USE_LINKED_INPUT", "False", "use_linked_input", False),
         ("INPUT_PATH", "/a/b/", "input_path", Path("/a/b")),
-        ("MODEL_DEST", "/", "model_dest", Path("/")),
+        ("INPUT_PATH", "//a/./b/../c", "input_path", Path("/a/c")),
+        ("MODEL_DEST", "/data/etc/usr", "model_dest", Path("/data/etc/usr")),
+        ("MODEL_DEST", "/etcetera", "model_dest", Path("/etcetera")),
+        ("MODEL_DEST", "/home/root", "model_dest", Path("/home/root")),
         ("MODEL", "s3://b//k", "model", S3Location(bucket="b", key="/k")),
         ("GROUND_TRUTH", "https://b/k", "ground_truth", S3Location(bucket="b", key="k")),
         ("WRITABLE_DIRECTORIES", ":/a::/b:", "writable_directories", (Path("/a"), Path("/b"))),
@@ -130,6 +133,10 @@ def test_inputs_and_outputs_lie_apart(inputs: str, outputs: str, is_accepted: bo
         Settings.from_environ(variables)
 
 
+PATH = (
+    "an absolute path, not / and not in /etc, /usr, /bin, /sbin, /lib*, /root, /boot, /dev, /proc "
+    "or /sys"
+)
 COMMAND = "base64 of JSON: null, a string or a list of strings"
 SECONDS = "a whole number of seconds from 0 to 31536000"
 
@@ -154,24 +161,25 @@ SECONDS = "a whole number of seconds from 0 to 31536000"
         ("ENTRYPOINT_B64J", encoded("\udfff"), COMMAND),
         ("ENTRYPOINT_B64J", base64.b64encode(b"[" * 9999).decode(), COMMAND),
         ("USER", "\udcff", "text in UTF-8"),
-        ("INPUT_PATH", "", "an absolute path other than /"),
-        ("INPUT_PATH", "input", "an absolute path other than /"),
-        ("INPUT_PATH", "/", "an absolute path other than /"),
-        ("OUTPUT_PATH", "//", "an absolute path other than /"),
-        ("OUTPUT_PATH", "/output/..", "an absolute path other than /"),
-        ("OUTPUT_PATH", "/a\udcff", "an absolute path other than /"),
-        ("LINKED_INPUT_PARENT", "", "an absolute path"),
-        ("MODEL_DEST", "~", "an absolute path"),
-        ("GROUND_TRUTH_DEST", ".", "an absolute path"),
+        ("INPUT_PATH", "", PATH),
+        ("INPUT_PATH", "input", PATH),
+        ("INPUT_PATH", "/", PATH),
+        ("OUTPUT_PATH", "//", PATH),
+        ("OUTPUT_PATH", "/output/..", PATH),
+        ("OUTPUT_PATH", "/a\udcff", PATH),
+        ("OUTPUT_PATH", "/a\0b", PATH),
+        ("LINKED_INPUT_PARENT", "", PATH),
+        ("MODEL_DEST", "~", PATH),
+        ("GROUND_TRUTH_DEST", ".", PATH),
         (
             "WRITABLE_DIRECTORIES",
             "/a:b",
-            "an absolute path, or several with colons between them",
+            f"{PATH}, or several with colons between them",
         ),
         (
             "POST_CLEAN_DIRECTORIES",
             "/a:/",
-            "an absolute path other than /, or several with colons between them",
+            f"{PATH}, or several with colons between them",
         ),
         ("MODEL", "", "s3://bucket/key or https://bucket/key"),
         ("MODEL", "s3://bucket", "s3://bucket/key or https://bucket/key"),
@@ -207,6 +215,32 @@ def test_a_bad_value_names_variable_shape_and_accepted_form(
     message = str(caught.value)
     assert message.startswith(f"{PREFIX}{name}: expected {accepted}, found ")
     assert 1 == len(caught.value.problems)
+
+
+PATHS = [name for name, variable in VARIABLES.items() if PATH in variable.form.accepted]
+SYSTEM = "/ /etc /usr /bin /sbin /lib /lib32 /lib64 /libx32 /root /boot /dev /proc /sys".split()
+
+
+def test_every_setting_that_is_a_path_has_the_same_form() -> None:
+    types = Settings.__annotations__
+    assert PATHS == [name for name in VARIABLES if "Path" in types[name]]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("directory", SYSTEM)
+@pytest.mark.parametrize(
+    "spelling",
+    ["{0}", "{0}/", "/{0}", "/.{0}", "/tmp/..{0}", "/..{0}//", "/x/./../{0}/.", "{0}/x/y"],
+)
+def test_no_path_names_what_the_system_consists_of(
+    name: str, directory: str, spelling: str
+) -> None:
+    text = spelling.format(directory)
+    if directory == "/" and text.endswith("/x/y"):
+        return
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environ({VARIABLES[name].name: text})
+    assert str(caught.value).startswith(f"{VARIABLES[name].name}: expected {PATH}")
 
 
 @pytest.mark.parametrize(

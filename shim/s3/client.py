@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import time
 import zlib
@@ -119,6 +120,21 @@ class S3Client:
                 if name.startswith(prefix)
             },
         )
+
+    def head_bucket(self, bucket: str) -> None:
+        """Ask whether there is such a bucket, and whether it may be listed."""
+        self._service.call(Operation(name="HeadBucket", method="HEAD", bucket=bucket), read_headers)
+
+    def delete(self, bucket: str, key: str) -> None:
+        """Remove an object; one that is missing is removed."""
+        operation = Operation(name="DeleteObject", method="DELETE", bucket=bucket, key=key)
+        self._service.call(operation, read_headers)
+
+    def probe(self, bucket: str, prefix: str) -> None:
+        """Write a small object below a prefix, and remove it again."""
+        key = f"{prefix}{os.urandom(12).hex()}.probe"
+        self.put(bucket, key, b"probe")
+        self.delete(bucket, key)
 
     def list(self, bucket: str, prefix: str) -> Iterator[ObjectSummary]:
         """Yield what lies below a prefix, in the order of keys."""

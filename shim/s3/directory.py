@@ -68,6 +68,26 @@ class DirectoryStore:
         etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
         return ObjectHead(size=status.st_size, etag=etag, metadata=metadata)
 
+    def head_bucket(self, bucket: str) -> None:
+        """Refuse what cannot be a bucket; one that is missing is made by the first upload."""
+        directory = self._path(bucket, "", "HeadBucket")
+        if directory.exists() and not directory.is_dir():
+            raise _error("HeadBucket", bucket, "", 404, "NoSuchBucket", "It is not a directory")
+
+    def probe(self, bucket: str, prefix: str) -> None:
+        """Write a file below a prefix, or as near to it as there are directories, and remove it."""
+        directory = self._path(bucket, prefix, "PutObject")
+        while not os.path.lexists(directory):
+            directory = directory.parent
+        file = directory / f".{os.urandom(12).hex()}.part"
+        try:
+            file.write_bytes(b"probe")
+        except OSError as error:
+            raise S3ClientError(f"Cannot write into {directory}: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
     def list(self, bucket: str, prefix: str) -> Iterator[ObjectSummary]:
         """Yield what lies below a prefix, in the order of keys."""
         before, slash, _ = prefix.rpartition("/")

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
         def head(self, bucket: str, key: str) -> ObjectHead:
             """Describe an object."""
 
+        def head_bucket(self, bucket: str) -> None:
+            """Ask whether there is such a bucket, and whether it may be listed."""
+
+        def probe(self, bucket: str, prefix: str) -> None:
+            """Write a small object below a prefix, and remove it again."""
+
         def list(self, bucket: str, prefix: str) -> Iterator[ObjectSummary]:
             """Yield what lies below a prefix, in the order of keys."""
 

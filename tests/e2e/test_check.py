@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,12 @@ def test_a_job_that_would_succeed_has_no_errors_and_changes_nothing(
     good = findings(job, "ok")
     assert "credentials   Credentials come from the environment; region: eu-central-1" in good
     assert "tasks         2 in the list, which is valid" in good
-    assert f"outputs       go to {platform.bucket}; writing is not tried" in good
+    assert f"buckets       are there: {platform.bucket}" in good
+    places = [f"s3://{platform.bucket}/{p}/.sagemaker_shim/" for p in ("runtime", "out/t", "out/u")]
+    assert [f"outputs       can be written below {place!r}" for place in places] == [
+        finding for finding in good if finding.startswith("outputs")
+    ]
+    assert re.fullmatch(r"0 errors, \d warnings?", job.stdout.splitlines()[-1])
     assert "inputs        2 of 2 can be read" in good
     finished = platform.invoke(*list_of_tasks)
     assert (0, 0) == (finished.code, platform.result("u")["return_code"])
@@ -92,8 +98,9 @@ def test_wrong_keys_are_told(platform: Platform, list_of_tasks: list[dict[str, A
     job = platform.run("check", "-f", "-", "--", "true", stdin=json.dumps(list_of_tasks))
     assert 1 == job.code
     errors = job.texts(level="ERROR", internal=True, source="stderr")
-    assert 2 == len(errors)
-    assert errors[0].startswith("inputs: An error occurred (403) when calling the HeadObject")
+    assert 3 == len([error for error in errors if error.startswith("outputs: An error occurred")])
+    assert 2 == len([error for error in errors if error.startswith("inputs: An error occurred")])
+    assert any(text.startswith("buckets: ") for text in job.texts(level="WARNING", internal=True))
     assert "another" not in job.stdout + job.stderr
 
 
@@ -138,6 +145,28 @@ def test_a_directory_as_endpoint_must_exist_and_needs_no_credentials(
     job = check(platform, "--", "true")
     assert (0, []) == (job.code, findings(job, "error"))
     assert "storage       a directory: needs no network and no credentials" in findings(job, "ok")
+
+
+def test_read_only_check_writes_nothing(
+    platform: Platform, list_of_tasks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "store" / platform.bucket).mkdir(parents=True)
+    platform.environ["AWS_S3_ENDPOINT_URL"] = f"file://{tmp_path}/store"
+    before = listing(platform)
+    options = ("-t", json.dumps([platform.task()]), "--read-only", "--", "true")
+    job = check(platform, *options)
+    assert (0, before) == (job.code, listing(platform))
+    assert "outputs       writing is not tried" in findings(job, "ok")
+
+
+def test_one_task_list_is_given_as_to_invoke(platform: Platform) -> None:
+    tasks = json.dumps([platform.task()])
+    assert "1 in the list" in check(platform, "--tasks", tasks, "--", "true").stdout
+    both = check(platform, "-t", tasks, "-f", "x")
+    assert (2, True) == (both.code, "Only one of tasks or file should be set" in both.stderr)
+    uri = check(platform, "-f", "ftp://u:secret@host/x", "--", "true")
+    assert (1, True) == (uri.code, "found ftp://" in uri.stdout)
+    assert "secret" not in uri.stdout + uri.stderr
 
 
 def test_unknown_option_is_a_usage_error(platform: Platform) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.platform import ROOT, Finished, P, Platform
-from tests.support import needs_root
+from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
+from tests.test_namespaces import is_allowed
 
 EXAMPLE = ROOT / "tests/data/example"
 
@@ -191,3 +193,187 @@ def test_a_linked_directory_of_inputs_is_not_left_out(laptop: Platform) -> None:
     (laptop.root / "in/loop").symlink_to(laptop.root / "in")
     job = rehearse(laptop, "cd $I && find . -type f | sort")
     assert ["./link/b", "./sub/a.txt"] == job.texts(internal=False)
+
+
+@pytest.mark.parametrize("command", ["run", "invoke", "serve"])
+def test_second_process_in_one_root_is_refused_and_takes_nothing(
+    laptop: Platform, command: str
+) -> None:
+    script = f"I={laptop.root}/input O={laptop.root}/output\nls -l /proc/$$/fd >fds; touch began"
+    script += "\nuntil [ -e go ]; do sleep 0.05; done; cp $I/sub/a.txt $O"
+    options = ["run", "--input", "in", "--output", "out", "--", "/bin/sh", "-c", script]
+    arguments = {
+        "run": ["run", "--input", "in", "--output", "out2", "--", "true"],
+        "invoke": ["invoke", "-t", json.dumps([laptop.task()])],
+        "serve": ["serve", "--port", str(free_port())],
+    }[command]
+    laptop.script("true")
+    with laptop.start(*options) as first:
+        poll(lambda: (laptop.root / "began").exists())
+        assert "output" not in (laptop.root / "fds").read_text()
+        laptop.environ["AWS_S3_ENDPOINT_URL"] = f"file://{laptop.root}"
+        second = laptop.run(*arguments)
+        (laptop.root / "go").touch()
+        assert 0 == first.wait(30)
+    assert 2 == second.code, second.stderr
+    names = ("INPUT_PATH", "OUTPUT_PATH", "LINKED_INPUT_PARENT")
+    assert all(P + name in second.stderr for name in names), second.stderr
+    assert "is in use by process" in second.stderr
+    assert "content" == (laptop.root / "out/a.txt").read_text()
+    assert [] == [path for path in laptop.root.iterdir() if path.suffix == ".lock"]
+
+
+def leave_root(laptop: Platform) -> None:
+    """Run as somebody else, with the platform's own paths."""
+    laptop.environ = {name: v for name, v in laptop.environ.items() if not name.startswith(P)}
+    laptop.leave_root()
+
+
+WITHOUT_ROOT = """
+I=${SHIM_INPUT_PATH-/input} O=${SHIM_OUTPUT_PATH-/output}
+tr a-z A-Z <$I/sub/a.txt >$O/b.txt; echo $I $O; ls / | grep -x -e input -e output; true
+"""
+FORBID = 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"'
+
+
+@needs_root
+def test_without_root_input_and_output_exist_for_the_command(laptop: Platform) -> None:
+    if Path("/input").exists() or Path("/output").exists():
+        pytest.skip("needs a machine without /input and /output")
+    if not is_allowed():
+        pytest.skip("needs user namespaces")
+    leave_root(laptop)
+    job = rehearse(laptop, WITHOUT_ROOT)
+    assert 0 == job.code, job.stderr
+    assert ["/input /output", "input", "output"] == job.texts(internal=False)
+    assert "CONTENT" == (laptop.root / "out/b.txt").read_text()
+    assert not Path("/input").exists() and not Path("/output").exists()
+    assert [] == list((laptop.root / "tmp").iterdir())
+
+
+@needs_root
+def test_without_root_and_namespaces_the_command_is_told_where(laptop: Platform) -> None:
+    leave_root(laptop)
+    laptop.wrapper = (
+        *("unshare", "--user", "--map-current-user", "--keep-caps"),
+        *("sh", "-c", FORBID, "sh"),
+    )
+    job = rehearse(laptop, WITHOUT_ROOT)
+    assert 0 == job.code, job.stderr
+    (warning,) = job.texts(level="WARNING")
+    assert "SHIM_INPUT_PATH" in warning and "SHIM_OUTPUT_PATH" in warning
+    first = job.texts(internal=False)[0]
+    assert re.fullmatch(rf"({laptop.root}/tmp/sagemaker-shim-\w+)/input \1/output", first)
+    assert "CONTENT" == (laptop.root / "out/b.txt").read_text()
+    assert [] == list((laptop.root / "tmp").iterdir())
+
+
+def arrange(root: Path, kind: str) -> None:
+    """Put something where a run makes its directories."""
+    for name in ("input", "output"):
+        if kind == "directory":
+            (root / name).mkdir()
+            (root / name).chmod(0o750)
+            os.chown(root / name, 12, 34) if os.geteuid() == 0 else None
+        elif kind == "link":
+            (root / f"{name}-elsewhere").mkdir(mode=0o700)
+            (root / name).symlink_to(f"{name}-elsewhere")
+        elif kind == "dangling link":
+            (root / name).symlink_to("nowhere")
+
+
+def picture(root: Path) -> list[tuple[str, int, int, int, str]]:
+    return [
+        (path.name, status.st_mode, status.st_uid, status.st_gid, link)
+        for path in sorted(root.iterdir())
+        if path.name.startswith(("input", "output", "."))
+        for status in [path.lstat()]
+        for link in [os.readlink(path) if path.is_symlink() else ""]
+    ]
+
+
+@pytest.mark.parametrize("linked", ["True", "False"])
+@pytest.mark.parametrize("kind", ["missing", "directory", "link", "dangling link"])
+@pytest.mark.parametrize("script", ["touch $O/a", "touch $O/a; exit 3"])
+@needs_root
+def test_input_and_output_are_left_as_they_were_found(
+    laptop: Platform, kind: str, linked: str, script: str
+) -> None:
+    laptop.set(USE_LINKED_INPUT=linked)
+    arrange(laptop.root, kind)
+    before = picture(laptop.root)
+    job = rehearse(laptop, script)
+    assert before == picture(laptop.root)
+    assert not (laptop.root / "opt/linked/run-input").exists()
+    if kind in ("missing", "directory"):
+        assert int("exit" in script) == job.code
+        assert ("exit" not in script) == (laptop.root / "out/a").exists()
+
+
+@needs_root
+def test_stopped_run_leaves_input_and_output_as_they_were_found(laptop: Platform) -> None:
+    options = ["run", "--input", "in", "--output", "out", "--", "/bin/sh", "-c"]
+    with laptop.start(*options, "touch began; sleep 60") as process:
+        poll(lambda: (laptop.root / "began").exists())
+        assert (laptop.root / "input").is_symlink()
+        process.terminate()
+        assert 143 == process.wait(30)
+    assert [] == picture(laptop.root)
+
+
+@pytest.mark.parametrize("name", ["input", "output", "output-elsewhere/x"])
+@needs_root
+def test_what_is_no_empty_directory_is_not_replaced(laptop: Platform, name: str) -> None:
+    if "/" in name:
+        arrange(laptop.root, "link")
+    (laptop.root / name).write_text("dear")
+    before = picture(laptop.root)
+    job = rehearse(laptop, "true")
+    assert (2, before) == (job.code, picture(laptop.root))
+    assert "move" in job.stderr
+    assert "dear" == (laptop.root / name).read_text()
+
+
+@pytest.mark.parametrize("name", ["out/.sagemaker_shim", "file"])
+def test_output_with_a_file_in_its_way_is_refused_before_the_run(
+    laptop: Platform, name: str
+) -> None:
+    (laptop.root / name).parent.mkdir(exist_ok=True)
+    (laptop.root / name).touch()
+    output = "file/out" if name == "file" else "out"
+    job = rehearse(laptop, "touch ran", "--output", output)
+    assert (2, False) == (job.code, (laptop.root / "ran").exists())
+    assert f"--output {output}: " in job.stderr
+
+
+@needs_root
+def test_output_that_can_be_written_and_not_listed_is_written(laptop: Platform) -> None:
+    leave_root(laptop)
+    (laptop.root / "out").mkdir()
+    os.chown(laptop.root / "out", UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+    (laptop.root / "out").chmod(0o300)
+    assert 0 == rehearse(laptop, WITHOUT_ROOT).code
+    assert "CONTENT" == (laptop.root / "out/b.txt").read_text()
+
+
+@pytest.mark.parametrize("mount", ["-o ro", "-o size=4k"])
+@needs_root
+def test_output_without_room_or_right_to_write_is_refused_before_the_run(
+    laptop: Platform, mount: str
+) -> None:
+    (laptop.root / "out").mkdir()
+    fill = "dd if=/dev/zero of=out/full bs=4k count=1 status=none" if "size" in mount else "true"
+    script = f'mount -t tmpfs {mount} none out && {fill} && exec "$@"'
+    laptop.wrapper = ("unshare", "--mount", "sh", "-c", script, "sh")
+    job = rehearse(laptop, "touch ran")
+    assert (2, False) == (job.code, (laptop.root / "ran").exists()), job.stderr
+    assert re.search("Read-only file system|No space left on device", job.stderr)
+
+
+@needs_root
+def test_output_of_somebody_else_is_refused_before_the_run(laptop: Platform) -> None:
+    leave_root(laptop)
+    (laptop.root / "out").mkdir()
+    job = rehearse(laptop, "touch ran")
+    assert (2, False) == (job.code, (laptop.root / "ran").exists())
+    assert "--output out: " in job.stderr and "Permission denied" in job.stderr

@@ -211,7 +211,7 @@ class Exchange(BaseHTTPRequestHandler):
             "GET": "GetObject" if self.key else "ListObjectsV2",
             "HEAD": "HeadObject" if self.key else "HeadBucket",
             "PUT": "UploadPart" if "partNumber" in self.query else "PutObject",
-            "DELETE": "AbortMultipartUpload",
+            "DELETE": "AbortMultipartUpload" if "uploadId" in self.query else "DeleteObject",
         }[self.command]
 
     def body(self) -> bytes:
@@ -346,6 +346,10 @@ class Exchange(BaseHTTPRequestHandler):
     def _HeadBucket(self, _: bytes) -> None:
         self._objects()
         self.send(200, b"", {"x-amz-bucket-region": self.server.region})
+
+    def _DeleteObject(self, _: bytes) -> None:
+        self._objects().pop(self.key, None)
+        self.send(204)
 
     def _HeadObject(self, _: bytes) -> None:
         try:
