@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from shim import __version__
-from tests.e2e.platform import b64j
+from tests.e2e.platform import b64j, without_remarks
 from tests.s3_servers import S3Server
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
 
@@ -94,7 +94,11 @@ class Root:
             *("run", "--input", "/in", "--output", "/out"), environ=environ | self.script(script)
         )
         lines = [json.loads(line) for line in stdout.splitlines()]
-        return code, [line["log"] for line in lines if not line["internal"]], stderr
+        return (
+            code,
+            [line["log"] for line in lines if not line["internal"]],
+            without_remarks(stderr),
+        )
 
     def leftovers(self) -> list[str]:
         return sorted(os.listdir(self.path / "tmp"))
@@ -732,7 +736,7 @@ def run_program(root: Root, environ: Mapping[str, str]) -> tuple[int, list[str],
     (root.path / "in").mkdir()
     code, stdout, stderr = root.run("run", "--input", "/in", "--output", "/out", environ=environ)
     lines = [json.loads(line) for line in stdout.splitlines()]
-    return code, [line["log"] for line in lines if not line["internal"]], stderr
+    return code, [line["log"] for line in lines if not line["internal"]], without_remarks(stderr)
 
 
 def test_a_program_of_musl_runs(empty_root: Root) -> None:

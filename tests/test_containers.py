@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 import pytest
 
 from shim import __version__
+from tests.e2e.platform import without_remarks
 from tests.support import needs_root, poll
 
 pytestmark = needs_root
@@ -96,7 +97,7 @@ def limits() -> list[str]:
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     """Return what the user's command wrote; podman may have put warnings of its own between."""
-    texts = (done.stdout + done.stderr).splitlines()
+    texts = without_remarks(done.stdout + done.stderr).splitlines()
     records = [json.loads(text) for text in texts if text.startswith("{")]
     return [record["log"] for record in records if not record["internal"]]
 

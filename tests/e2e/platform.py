@@ -33,6 +33,12 @@ REMARKS = (NO_INPUTS, NO_OUTPUT)
 SIGNING_KEY = bytes(range(32))
 
 
+def without_remarks(lines: str) -> str:
+    """Return log lines but for the remarks that most of these tasks ask for."""
+    kept = [line for line in lines.splitlines(keepends=True) if not any(x in line for x in REMARKS)]
+    return "".join(kept)
+
+
 def b64j(value: object) -> str:
     return base64.b64encode(json.dumps(value).encode()).decode()
 
@@ -54,7 +60,7 @@ class Finished:
         return [line for line in self.lines if not line["internal"]]
 
     def texts(self, **wanted: object) -> list[str]:
-        """Return the texts of lines, but for the remarks that most of these tasks ask for."""
+        """Return the texts of lines, but for the remarks."""
         return [
             line["log"]
             for line in self.lines
