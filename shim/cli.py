@@ -236,10 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace()
     environ: dict[str, str] = {}
     try:
-        take_signals(stop)
         environ = take_environment(os.environ)
         overwrite_environment()
         build_parser().parse_args(argv, arguments)
+        if arguments.run is not run_locally:  # it enters namespaces, before there are threads
+            take_signals(stop)
         return run_command(arguments, environ, stop)
     except SystemExit as done:  # of --help and --version
         return int(done.code or 0)
@@ -517,6 +518,7 @@ def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop:
             cmd=tuple(arguments.cmd),
             scratch=scratch,
         )
+        take_signals(stop)
         store = DirectoryStore.from_buckets(plan.buckets)
         refuse_unwritable(store, plan.task, arguments.output)
         job = Job(

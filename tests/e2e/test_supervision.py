@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from shim.cli import COMMAND_SIGNALS, STOP_SIGNALS
-from tests.e2e.platform import IS_PYTHON, SIGNING_KEY, Finished, P, Platform, finish
+from shim.cli import COMMAND_SIGNALS, NO_THREADS_MESSAGE, STOP_SIGNALS
+from tests.e2e.platform import SIGNING_KEY, Finished, P, Platform, finish
 from tests.e2e.test_serve import serving
 from tests.support import UNPRIVILEGED_UID, can_unshare, free_port, needs_root, poll, signal_set
 
@@ -204,10 +204,10 @@ def test_who_cannot_be_ended_ends_the_server(platform: Platform, survivor: str) 
         assert 0 == finish(server.process).code
 
 
-@pytest.fixture(params=range(1, 7))
+@pytest.fixture
 def crowded(platform: Platform, request: pytest.FixtureRequest) -> Iterator[Platform]:
     """A platform whose shim may have but a few processes and threads, with all that it starts."""
-    limit = request.param + (0 if IS_PYTHON else 3)  # the packaging's own processes
+    limit = request.param
     cgroup = Path("/sys/fs/cgroup/pids", f"shim-test-{os.getpid()}-{limit}")
     try:
         cgroup.mkdir()
@@ -221,6 +221,14 @@ def crowded(platform: Platform, request: pytest.FixtureRequest) -> Iterator[Plat
 
 
 @needs_root
+@pytest.mark.parametrize("crowded", [1], indirect=True)
+def test_without_room_for_a_thread_it_says_so(crowded: Platform) -> None:
+    job = crowded.invoke(crowded.task())
+    assert (1, [NO_THREADS_MESSAGE]) == (job.code, job.texts())
+
+
+@needs_root
+@pytest.mark.parametrize("crowded", range(2, 8), indirect=True)
 def test_a_task_without_room_for_processes_runs_or_says_so(crowded: Platform) -> None:
     crowded.put("in/x")
     crowded.set(USER=str(UNPRIVILEGED_UID))
