@@ -23,6 +23,7 @@ from shim.s3.errors import (
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Transfers, Upload
 from tests.s3_clients import download_to
+from tests.support import UNPRIVILEGED_UID, needs_root
 
 
 @pytest.fixture
@@ -270,3 +271,17 @@ def test_a_bucket_that_is_a_file_is_none(store: DirectoryStore, tmp_path: Path) 
     (tmp_path / "root/bucket").touch()
     with pytest.raises(ServiceError, match="HeadBucket"):
         store.head_bucket("bucket")
+
+
+@needs_root
+def test_a_directory_that_cannot_be_listed_is_written_to() -> None:
+    with TemporaryDirectory(dir="/dev/shm") as directory:  # where everybody may search
+        os.chmod(directory, 0o300)
+        os.chown(directory, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
+        store = DirectoryStore.from_buckets({"bucket": Path(directory)})
+        os.seteuid(UNPRIVILEGED_UID)
+        try:
+            store.put("bucket", "key", b"x")
+        finally:
+            os.seteuid(0)
+        assert b"x" == store.get("bucket", "key", max_bytes=9)

@@ -208,7 +208,7 @@ def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
     """Write a file of the store, whose directories are made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     except OSError as error:
         raise S3ClientError(f"The file cannot be written: {error}") from error
     try:
