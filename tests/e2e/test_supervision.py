@@ -352,10 +352,14 @@ def test_a_signal_for_no_command_changes_nothing(
     assert "Empty task list provided" in job.stderr
 
 
+def blocked_signals(pid: int) -> set[int]:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return signal_set(status.partition("SigBlk:")[2].split()[0])
+
+
 def takes_signals(pid: int) -> bool:
     """Tell whether a shim has a thread that waits for those signals alone that are for it."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    blocked = signal_set(status.partition("SigBlk:")[2].split()[0])
+    blocked = blocked_signals(pid)
     return signal.SIGTERM in blocked and signal.SIGTSTP not in blocked
 
 
@@ -375,7 +379,7 @@ def test_no_signal_at_any_moment_gives_another_exit_code(platform: Platform, com
     generator = random.Random(12)
     for _ in range(25):
         process = platform.start(*arguments)
-        poll(lambda process=process: takes_signals(process.pid), every=0.001)
+        poll(lambda process=process: signal.SIGTERM in blocked_signals(process.pid), every=0.001)
         time.sleep(generator.uniform(0, 0.2 if command != "--help" else 0.02))
         while process.poll() is None:
             process.send_signal(generator.choice([signal.SIGTERM, signal.SIGINT]))
