@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _REAP_SECONDS = 1.0
 KILL_SECONDS = 10.0  # what does not die of SIGKILL for so long hangs in the kernel
+# One to find them, one to collect them, two without them, and as much again.
+LEAST_LOOKS = 8
 _SCAN_SECONDS = 0.002
 
 _lock = threading.Lock()  # held from fork to registration, and to reap
@@ -128,7 +130,8 @@ def end_descendants(
 ) -> Leftovers:
     """Kill what is left of a task.
 
-    Ends when two looks in a row find nobody and no sign of anybody, or after KILL_SECONDS.
+    Ends when two looks in a row find nobody and no sign of anybody, or after KILL_SECONDS, which a
+    storm of forks may leave us too few moments in for that: not before LEAST_LOOKS then.
 
     - session: the one that the task's first process led; others are found from there
     - kill_all: called with all that /proc shows, and our other children, while there is somebody
@@ -137,8 +140,9 @@ def end_descendants(
     seen: set[int] = set()
     living: list[Stat] = []
     deadline = time.monotonic() + KILL_SECONDS
-    is_quiet, quiet_looks = True, 0
-    while quiet_looks < 2 and time.monotonic() < deadline:
+    is_quiet, looks, quiet_looks = True, 0, 0
+    while quiet_looks < 2 and (looks < LEAST_LOOKS or time.monotonic() < deadline):
+        looks += 1
         reaped_before = _reaped
         _stop_orphans()
         processes = list(read_processes())
