@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 from pathlib import Path
 
-from shim.cli import build_parser
+from shim.cli import COMMAND_SIGNALS, STOP_SIGNALS, build_parser
 from shim.logs import encode_lines
 from shim.settings import PREFIX, VARIABLES
 from shim.tasks import InferenceResult, parse_tasks
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+OUTSIDE = ", " + re.search(r"^\(\*\) (.+)$", README, flags=re.MULTILINE)[1]  # type: ignore[index]
 
 
 def table(heading: str) -> list[list[str]]:
@@ -32,7 +36,7 @@ def variable_rows() -> list[list[str]]:
         [
             f"`{variable.name.replace(PREFIX, 'P_')}`",
             "unset" if variable.default is None else f"`{variable.default}`",
-            f"{variable.meaning}; {variable.form.accepted}",
+            f"{variable.meaning}; {variable.form.accepted.replace(OUTSIDE, ' (*)')}",
         ]
         for variable in VARIABLES.values()
     ]
@@ -65,6 +69,14 @@ def test_the_example_task_list_is_valid() -> None:
     assert example
     (task,) = parse_tasks(example[1].encode())
     assert ("case-1", 1800) == (task.pk, task.timeout.total_seconds() if task.timeout else 0)
+
+
+def test_every_signal_is_listed() -> None:
+    stop, command = [
+        {getattr(signal, f"SIG{word}") for word in words(row[0])} for row in table("Signals")
+    ]
+    real_time = {*range(signal.SIGRTMIN, signal.SIGRTMAX + 1)}
+    assert (STOP_SIGNALS, COMMAND_SIGNALS) == (stop, command | real_time)
 
 
 def test_every_exit_code_is_listed() -> None:
