@@ -537,6 +537,36 @@ def test_a_key_that_the_command_could_read_is_told_of(
     assert expected == any(text.startswith("The signing key cannot be kept") for text in warnings)
 
 
+# Where root may not become anybody, not even root with other groups.
+ROOTLESS = {
+    "user namespace": ["unshare", "--user", "--map-root-user"],
+    "no capabilities": ["setpriv", "--bounding-set=-all", "--inh-caps=-all"],
+}
+
+
+@needs_namespaces
+@needs_root
+@pytest.mark.parametrize("groups", ["0", "0,4"])
+@pytest.mark.parametrize("user", ["root", "0:0", "0", ""])
+@pytest.mark.parametrize("container", ROOTLESS)
+def test_root_without_rights_runs_a_task_as_root(
+    platform: Platform, container: str, user: str, groups: str
+) -> None:
+    platform.wrapper = ["setpriv", f"--groups={groups}", *ROOTLESS[container], "--"]
+    platform.set(USER=user)
+    platform.script("echo $(id -u; id -g); echo x > $O/a")
+    job = platform.invoke(platform.task())
+    assert (0, 0, "") == (
+        job.code,
+        platform.result()["return_code"],
+        platform.result()["user_safe_error_message"],
+    )
+    assert ["0 0"] == job.texts(internal=False)
+    assert b"x\n" == platform.get("out/t/a")
+    warned = any("supplementary groups" in text for text in job.texts(level="WARNING"))
+    assert (bool(user) and groups != "0") == warned
+
+
 @needs_root
 def test_results_are_not_overwritten_by_files_of_the_user(platform: Platform) -> None:
     platform.set(USER=str(UNPRIVILEGED_UID), RUNTIME_OUTPUT_PREFIX="out/t")
