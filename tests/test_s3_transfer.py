@@ -367,7 +367,7 @@ def test_a_server_that_tells_too_late_that_it_ignores_ranges_is_read_once_more(
     double.faults = [answer_first]
     double.always = answer_last
     assert body == harness.download(tmp_path / "file")
-    assert "range" not in double.seen[-1].headers
+    assert 2 == sum("range" not in request.headers for request in double.seen)
 
 
 @pytest.mark.parametrize("size", [0, 1, PART, 30 * PART])
