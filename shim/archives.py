@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 
-from shim.errors import ShimError, UserSafeError
+from shim.contract.errors import ShimError, UserSafeError
 from shim.users import User, may_read
 from shim.workspace import closing_descriptor, make_directories
 

@@ -20,9 +20,24 @@ from datetime import timedelta
 from pathlib import Path
 
 from shim import __version__
-from shim.command import child_environment
-from shim.durations import format_duration
-from shim.errors import InvalidFields, InvalidSettings, TaskStopped, UsageError, UserSafeError
+from shim.contract.command import child_environment
+from shim.contract.durations import format_duration
+from shim.contract.errors import (
+    InvalidFields,
+    InvalidSettings,
+    TaskStopped,
+    UsageError,
+    UserSafeError,
+)
+from shim.contract.settings import PREFIX, RESULT_VARIABLES, VARIABLES, Settings
+from shim.contract.tasks import (
+    InferenceTask,
+    RuntimeSetupResult,
+    parse_task_files,
+    parse_tasks,
+    result_key,
+)
+from shim.contract.uri import parse_s3_uri
 from shim.frozen import carried_bundle, describe, settle, take_environment
 from shim.locks import exclusive
 from shim.logs import Log
@@ -33,16 +48,7 @@ from shim.runtime import Runtime, leave_setup_result
 from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
 from shim.s3.exposure import find_exposure, never_exposed
 from shim.s3.store import LateStore
-from shim.s3.uri import parse_s3_uri
-from shim.settings import PREFIX, RESULT_VARIABLES, VARIABLES, Settings
 from shim.stopping import Stop
-from shim.tasks import (
-    InferenceTask,
-    RuntimeSetupResult,
-    parse_task_files,
-    parse_tasks,
-    result_key,
-)
 from shim.users import User, image_user, is_ourselves
 from shim.workspace import Workspace
 

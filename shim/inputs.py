@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from shim.archives import extract_zip
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
+from shim.contract.tasks import InferenceIO, InferenceTask, is_safe_relative_path
 from shim.s3.errors import S3ClientError
 from shim.s3.transfer import Download
-from shim.tasks import InferenceIO, InferenceTask, is_safe_relative_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
+from shim.contract.tasks import InferenceTask
 from shim.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
 from shim.modes import (
     TIME_LIMIT_MESSAGE,
@@ -21,7 +22,6 @@ from shim.modes import (
 from shim.process import Process
 from shim.relay import Relay
 from shim.sockets import find_listening_ports
-from shim.tasks import InferenceTask
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"
 CONNECT_MESSAGE = "Could not connect to invoke endpoint"

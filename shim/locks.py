@@ -14,16 +14,16 @@ import os
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from shim.errors import UsageError
-from shim.settings import VARIABLES
+from shim.contract.errors import UsageError
+from shim.contract.settings import VARIABLES
 from shim.workspace import is_mount_point, open_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from shim.contract.settings import Settings
     from shim.logs import Log
-    from shim.settings import Settings
 
 LOCKS = Path("/proc/locks")
 ATTEMPTS = 10

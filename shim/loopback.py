@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from shim.errors import ShimError
+from shim.contract.errors import ShimError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-from shim.command import child_environment, resolve_argv
-from shim.errors import UserSafeError
+from shim.contract.command import child_environment, resolve_argv
+from shim.contract.errors import UserSafeError
+from shim.contract.settings import Settings
+from shim.contract.tasks import InferenceTask
 from shim.logs import Log
-from shim.settings import Settings
 from shim.stopping import Stop
-from shim.tasks import InferenceTask
 from shim.users import image_user
 
 TYPE_CHECKING = False

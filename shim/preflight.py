@@ -14,8 +14,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from shim.command import resolve_argv
-from shim.errors import InvalidSettings, UsageError, UserSafeError
+from shim.contract.command import resolve_argv
+from shim.contract.errors import InvalidSettings, UsageError, UserSafeError
+from shim.contract.settings import PREFIX, VARIABLES, Settings
+from shim.contract.tasks import InferenceIO, InferenceTask, result_key, runtime_setup_key
 from shim.frozen import carried_bundle
 from shim.modes import resolve_spec
 from shim.process import MemoryEvents, start
@@ -23,8 +25,6 @@ from shim.s3.client import S3Client
 from shim.s3.endpoints import configured_endpoint_url
 from shim.s3.errors import S3ClientError, ServiceError
 from shim.scripts import find_fault
-from shim.settings import PREFIX, VARIABLES, Settings
-from shim.tasks import InferenceIO, InferenceTask, result_key, runtime_setup_key
 from shim.users import User, resolve_user
 from shim.workspace import is_mount_point
 

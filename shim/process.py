@@ -25,8 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from shim import descendants, ipc, killer
+from shim.contract.errors import UserSafeError
 from shim.descendants import Leftovers
-from shim.errors import UserSafeError
 from shim.executables import (
     NOT_FOUND,
     NOT_PERMITTED_ERRORS,

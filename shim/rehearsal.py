@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from shim.durations import parse_duration
-from shim.errors import UsageError
+from shim.contract.durations import parse_duration
+from shim.contract.errors import UsageError
+from shim.contract.settings import Settings
+from shim.contract.tasks import InferenceIO, InferenceTask
 from shim.namespaces import show
-from shim.settings import Settings
-from shim.tasks import InferenceIO, InferenceTask
 
 PK = "run"
 PATH_VARIABLES = ("SHIM_INPUT_PATH", "SHIM_OUTPUT_PATH")

@@ -14,13 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from shim.errors import ShimError, TaskStopped, UserSafeError
-from shim.logs import Log
-from shim.modes import Mode, Outcome
-from shim.s3.errors import FileChanged, S3ClientError
-from shim.settings import Settings
-from shim.stopping import Stop
-from shim.tasks import (
+from shim.contract.errors import ShimError, TaskStopped, UserSafeError
+from shim.contract.settings import Settings
+from shim.contract.tasks import (
     SIGNATURE_METADATA,
     InferenceIO,
     InferenceResult,
@@ -28,6 +24,10 @@ from shim.tasks import (
     result_key,
     sign,
 )
+from shim.logs import Log
+from shim.modes import Mode, Outcome
+from shim.s3.errors import FileChanged, S3ClientError
+from shim.stopping import Stop
 from shim.users import image_user
 from shim.workspace import Workspace
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shim.errors import TaskStopped, UserSafeError
+from shim.contract.errors import TaskStopped, UserSafeError
+from shim.contract.settings import Settings
+from shim.contract.tasks import RuntimeSetupResult, runtime_setup_key
 from shim.logs import Log
 from shim.modes import Mode
 from shim.runner import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
-from shim.settings import Settings
 from shim.stopping import Stop
-from shim.tasks import RuntimeSetupResult, runtime_setup_key
 from shim.users import image_user
 from shim.workspace import (
     clean_directory,
@@ -26,8 +26,8 @@ from shim.workspace import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from shim.contract.uri import S3Location
     from shim.s3.store import Store
-    from shim.s3.uri import S3Location
 
 
 class Runtime:

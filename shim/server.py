@@ -28,7 +28,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
 
-from shim.errors import InvalidTasks, NotText, Problem, ShimError, TaskStopped
+from shim.contract.errors import InvalidTasks, NotText, Problem, ShimError, TaskStopped
 from shim.sockets import Connection
 
 TYPE_CHECKING = False

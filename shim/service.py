@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import threading
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
+from shim.contract.tasks import parse_task
 from shim.logs import Log
 from shim.runner import Runner
 from shim.server import Busy, Forbidden, Unhealthy
 from shim.sockets import Connection, find_client
-from shim.tasks import parse_task
 from shim.users import resolve_user
 
 FORBIDDEN_MESSAGE = "An algorithm may not ask for tasks itself"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shim.errors import TaskStopped
+from shim.contract.errors import TaskStopped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

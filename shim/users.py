@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
 
 PASSWD = Path("/etc/passwd")
 GROUP = Path("/etc/group")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
 from shim.users import may_read
 
 TYPE_CHECKING = False

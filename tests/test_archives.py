@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shim import archives
-from shim.errors import TaskStopped, UserSafeError
+from shim.contract.errors import TaskStopped, UserSafeError
 from shim.users import User
 from tests.support import UNPRIVILEGED_UID, needs_root
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shim import cli
-from shim.errors import InvalidSettings, Problem, TaskStopped, UsageError
+from shim.contract.errors import InvalidSettings, Problem, TaskStopped, UsageError
 from shim.logs import Log
 from shim.runner import PlatformFailure
 from shim.s3.errors import S3ClientError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
 from shim.executables import explain_exec_error
 from shim.users import User
 from tests.processes import run

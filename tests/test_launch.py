@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
 from shim.privacy import find_prctl
 from shim.users import User
 from tests.processes import (

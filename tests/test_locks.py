@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from shim import locks
-from shim.errors import UsageError
+from shim.contract.errors import UsageError
+from shim.contract.settings import PREFIX, Settings
 from shim.locks import exclusive
 from shim.logs import Log
-from shim.settings import PREFIX, Settings
 from tests.e2e.platform import ROOT
 from tests.test_workspace import RecordingLog
 
@@ -25,7 +25,7 @@ HOLD = """
 import os, sys
 from shim.locks import exclusive
 from shim.logs import Log
-from shim.settings import Settings
+from shim.contract.settings import Settings
 with exclusive(Settings.from_environ(os.environ), Log()):
     print("held", flush=True)
     sys.stdin.read()

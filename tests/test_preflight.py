@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from shim import preflight
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
+from shim.contract.settings import Settings
+from shim.contract.tasks import parse_tasks
 from shim.logs import Log
 from shim.modes import resolve_spec
 from shim.preflight import ERROR, OK, WARNING, Finding, Situation, examine, tell
@@ -22,8 +24,6 @@ from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import ServiceError
 from shim.s3.transport import IMAGE_BUNDLES
-from shim.settings import Settings
-from shim.tasks import parse_tasks
 from shim.workspace import Workspace
 from tests.e2e.platform import P, b64j
 from tests.fakes.s3_double import Exchange, S3Double

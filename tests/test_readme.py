@@ -8,9 +8,9 @@ import signal
 from pathlib import Path
 
 from shim.cli import COMMAND_SIGNALS, STOP_SIGNALS, build_parser
+from shim.contract.settings import PREFIX, VARIABLES
+from shim.contract.tasks import InferenceResult, parse_tasks
 from shim.logs import encode_lines
-from shim.settings import PREFIX, VARIABLES
-from shim.tasks import InferenceResult, parse_tasks
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from shim.errors import TaskStopped, UserSafeError
+from shim.contract.errors import TaskStopped, UserSafeError
+from shim.contract.settings import Settings
+from shim.contract.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, result_key, sign
 from shim.logs import Log
 from shim.modes import Outcome
 from shim.runner import (
@@ -30,9 +32,7 @@ from shim.runner import (
 )
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import S3ClientError, ServiceError
-from shim.settings import Settings
 from shim.stopping import Stop
-from shim.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, result_key, sign
 from shim.workspace import Workspace
 
 KEY = b"key"

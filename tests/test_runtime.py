@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from shim.contract.settings import Settings
 from shim.logs import Log
 from shim.runtime import Runtime
 from shim.s3.directory import DirectoryStore
-from shim.settings import Settings
 from shim.stopping import Stop
 from tests.support import UNPRIVILEGED_UID, needs_root
 from tests.test_inputs import open_up, read_as_nobody

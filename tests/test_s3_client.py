@@ -14,8 +14,16 @@ from shim.s3.client import connect
 from shim.s3.errors import Cancelled, IntegrityError, S3ClientError, ServiceError, TransportError
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Transfers, Upload
-from tests.fakes.s3_double import Exchange, Object, S3Double, answer_with, drop, encode_crc32
-from tests.fakes.s3_double import refuse, truncate
+from tests.fakes.s3_double import (
+    Exchange,
+    Object,
+    S3Double,
+    answer_with,
+    drop,
+    encode_crc32,
+    refuse,
+    truncate,
+)
 from tests.s3_clients import build_harness, download_to, running_double
 from tests.s3_servers import SECRET_KEY, S3Server
 

@@ -17,6 +17,7 @@ import pytest
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.endpoint_provider import EndpointProvider
 
+from shim.contract.uri import is_bucket_name
 from shim.s3.endpoints import (
     PARTITIONS,
     URL_FORM,
@@ -29,7 +30,6 @@ from shim.s3.endpoints import (
 )
 from shim.s3.errors import EndpointUnresolved, SettingInvalid
 from shim.s3.profiles import read_profile
-from shim.s3.uri import is_bucket_name
 from tests.oracles import read_botocore_json
 
 DATA = Path(botocore.__file__).parent / "data"

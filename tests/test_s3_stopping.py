@@ -20,7 +20,6 @@ from tests.fakes.s3_double import Exchange, Object
 from tests.s3_clients import Harness, build_harness, running_double
 from tests.s3_servers import make_certificate
 
-
 STOP_AFTER_SECONDS = 0.3
 HEARD_SECONDS = 3.0
 OK = b"HTTP/1.1 200 OK\r\n"

@@ -21,11 +21,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shim.errors import InvalidTasks, NotText, Problem, TaskStopped
+from shim.contract.errors import InvalidTasks, NotText, Problem, TaskStopped
+from shim.contract.tasks import parse_task
 from shim.logs import Log
 from shim.server import Busy, Forbidden, Limits, Server, Unhealthy, build_server
 from shim.sockets import Connection
-from shim.tasks import parse_task
 from tests.support import poll
 
 Serve = Callable[..., "Service"]

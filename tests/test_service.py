@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from shim.errors import TaskStopped
+from shim.contract.errors import TaskStopped
+from shim.contract.tasks import InferenceResult, InferenceTask
 from shim.logs import Log
 from shim.server import Forbidden, Server, build_server
 from shim.service import FORBIDDEN_MESSAGE, Service, resolve_command_uid
 from shim.sockets import Client, Connection, find_client
-from shim.tasks import InferenceResult, InferenceTask
 from tests.support import UNPRIVILEGED_UID, needs_root, poll
 
 ASKER = Path(__file__).parent / "data/asker.py"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shim.errors import TaskStopped
+from shim.contract.errors import TaskStopped
 from shim.stopping import Stop
 
 

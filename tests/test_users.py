@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
 from shim.users import User, find_user, may_read, resolve_user
 
 NO_USER = "The user defined in the containers USER instruction does not exist"

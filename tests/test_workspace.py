@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
 from shim.users import User
 from shim.workspace import (
     Workspace,

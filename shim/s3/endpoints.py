@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import quote, urlsplit
 
+from shim.contract.uri import is_bucket_name
 from shim.s3.errors import EndpointUnresolved, SettingInvalid
-from shim.s3.uri import is_bucket_name
 from shim.s3.urls import Url, parse_url
 
 GLOBAL_REGION = "aws-global"

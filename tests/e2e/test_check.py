@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.platform import P, Finished, Platform
+from tests.e2e.platform import Finished, P, Platform
 from tests.support import free_port
 
 

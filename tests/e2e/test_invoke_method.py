@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shim.durations import parse_duration
+from shim.contract.durations import parse_duration
 from tests.e2e.platform import ROOT, Finished, Platform, finish
 from tests.e2e.test_serve import serving
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll

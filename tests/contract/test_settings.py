@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from shim.errors import InvalidSettings
-from shim.s3.uri import S3Location
-from shim.settings import PREFIX, RESULT_VARIABLES, VARIABLES, Settings
+from shim.contract.errors import InvalidSettings
+from shim.contract.settings import PREFIX, RESULT_VARIABLES, VARIABLES, Settings
+from shim.contract.uri import S3Location
 
 
 def encoded(value: object) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shim.errors import InvalidTasks, Problem
+from shim.contract.errors import InvalidTasks, Problem
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from shim.durations import format_duration, parse_duration
+from shim.contract.durations import format_duration, parse_duration
 
 PYDANTIC: TypeAdapter[timedelta] = TypeAdapter(timedelta)
 

@@ -15,8 +15,8 @@ from itertools import accumulate, islice
 from json.decoder import JSONArray, JSONObject  # type: ignore[attr-defined]  # undocumented
 from types import MappingProxyType
 
-from shim.durations import parse_duration
-from shim.errors import MAX_PROBLEMS, VALUE_ERROR, InvalidFields, NotText, Problem
+from shim.contract.durations import parse_duration
+from shim.contract.errors import MAX_PROBLEMS, VALUE_ERROR, InvalidFields, NotText, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from shim.errors import MAX_PROBLEMS, InvalidFields, NotText, Problem
-from shim.fields import (
+from shim.contract.errors import MAX_PROBLEMS, InvalidFields, NotText, Problem
+from shim.contract.fields import (
     MAX_NESTING,
     boolean,
     decode_json,

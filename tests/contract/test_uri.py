@@ -5,7 +5,7 @@ from botocore.handlers import VALID_BUCKET, VALID_S3_ARN
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shim.s3.uri import S3Location, is_bucket_name, parse_s3_uri
+from shim.contract.uri import S3Location, is_bucket_name, parse_s3_uri
 
 ACCESS_POINT = "arn:aws:s3:eu-west-1:123456789012:accesspoint/reader"
 OUTPOST = "arn:aws:s3-outposts:eu-west-1:123456789012:outpost/op-1/accesspoint/reader"

@@ -15,9 +15,9 @@ from datetime import timedelta
 from pathlib import PurePosixPath
 
 from shim import __version__
-from shim.durations import format_duration
-from shim.errors import InvalidFields, InvalidTasks, NotText, Problem
-from shim.fields import (
+from shim.contract.durations import format_duration
+from shim.contract.errors import InvalidFields, InvalidTasks, NotText, Problem
+from shim.contract.fields import (
     boolean,
     decode_json,
     decode_json_within,
@@ -27,7 +27,7 @@ from shim.fields import (
     refusal,
     text,
 )
-from shim.s3.uri import is_bucket_name
+from shim.contract.uri import is_bucket_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

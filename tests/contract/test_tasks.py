@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
 from shim import __version__
-from shim.errors import InvalidTasks, NotText
-from shim.s3.uri import is_bucket_name
-from shim.tasks import (
+from shim.contract.errors import InvalidTasks, NotText
+from shim.contract.tasks import (
     SIGNATURE_METADATA,
     InferenceIO,
     InferenceResult,
@@ -34,6 +33,7 @@ from shim.tasks import (
     runtime_setup_key,
     sign,
 )
+from shim.contract.uri import is_bucket_name
 
 
 class IOModel(BaseModel):

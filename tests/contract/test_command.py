@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from shim.command import child_environment, resolve_argv
-from shim.errors import UserSafeError
+from shim.contract.command import child_environment, resolve_argv
+from shim.contract.errors import UserSafeError
 
 
 @pytest.mark.parametrize(

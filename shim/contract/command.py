@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shim.errors import UserSafeError
+from shim.contract.errors import UserSafeError
 
 _SHELL = ("/bin/sh", "-c")
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
-from shim.errors import InvalidFields, InvalidSettings, Problem
-from shim.fields import decode_json
-from shim.s3.uri import S3Location, is_bucket_name, parse_s3_uri
+from shim.contract.errors import InvalidFields, InvalidSettings, Problem
+from shim.contract.fields import decode_json
+from shim.contract.uri import S3Location, is_bucket_name, parse_s3_uri
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
