@@ -40,7 +40,7 @@ from shim.contract.tasks import (
 from shim.contract.uri import parse_s3_uri
 from shim.frozen import carried_bundle, describe, settle, take_environment
 from shim.locks import exclusive
-from shim.logs import Log
+from shim.log.log import Log
 from shim.modes import ExecMode
 from shim.privacy import overwrite_environment
 from shim.runner import PlatformFailure, Runner
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from typing import NoReturn, Protocol
 
     from shim.invoke_mode import InvokeMode
-    from shim.logs import Style
+    from shim.log.log import Style
     from shim.s3.store import Store
 
     class HasFileno(Protocol):

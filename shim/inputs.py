@@ -27,7 +27,7 @@ from shim.s3.transfer import Download
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.logs import Log
+    from shim.log.log import Log
     from shim.s3.store import Store
     from shim.s3.transfer import Transfers
     from shim.stopping import Stop

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 from shim.contract.errors import UserSafeError
 from shim.contract.tasks import InferenceTask
+from shim.log.relay import Relay
 from shim.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
 from shim.modes import (
     TIME_LIMIT_MESSAGE,
@@ -20,7 +21,6 @@ from shim.modes import (
     refuse_time_limit,
 )
 from shim.process import Process
-from shim.relay import Relay
 from shim.sockets import find_listening_ports
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"

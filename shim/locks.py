@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from shim.contract.settings import Settings
-    from shim.logs import Log
+    from shim.log.log import Log
 
 LOCKS = Path("/proc/locks")
 ATTEMPTS = 10

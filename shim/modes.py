@@ -18,7 +18,7 @@ from shim.contract.command import child_environment, resolve_argv
 from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import InferenceTask
-from shim.logs import Log
+from shim.log.log import Log
 from shim.stopping import Stop
 from shim.users import image_user
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from shim.launch import ProcessSpec
+    from shim.log.relay import Relay
     from shim.process import Ending, Process
-    from shim.relay import Relay
 else:
     Protocol = object
 
@@ -129,8 +129,8 @@ class BaseMode:
 
     def _start(self, task: str | None) -> tuple[Process, Relay]:
         """Start the command and relay what it writes."""
+        from shim.log.relay import Relay
         from shim.process import NO_ROOM_MESSAGE, start
-        from shim.relay import Relay
 
         spec = resolve_spec(self._settings, self._environ)
         self._before_start()

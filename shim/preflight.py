@@ -30,7 +30,7 @@ from shim.workspace import is_mount_point
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.logs import Log
+    from shim.log.log import Log
     from shim.s3.store import Store
 
 OK, WARNING, ERROR = "ok", "warning", "error"

@@ -24,7 +24,7 @@ from shim.contract.tasks import (
     result_key,
     sign,
 )
-from shim.logs import Log
+from shim.log.log import Log
 from shim.modes import Mode, Outcome
 from shim.s3.errors import FileChanged, S3ClientError
 from shim.stopping import Stop

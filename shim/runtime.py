@@ -12,7 +12,7 @@ from pathlib import Path
 from shim.contract.errors import TaskStopped, UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import RuntimeSetupResult, runtime_setup_key
-from shim.logs import Log
+from shim.log.log import Log
 from shim.modes import Mode
 from shim.runner import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
 from shim.stopping import Stop

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn, Protocol
 
-    from shim.logs import Log
+    from shim.log.log import Log
 else:
     Protocol = object
 

@@ -7,7 +7,7 @@ import threading
 
 from shim.contract.errors import UserSafeError
 from shim.contract.tasks import parse_task
-from shim.logs import Log
+from shim.log.log import Log
 from shim.runner import Runner
 from shim.server import Busy, Forbidden, Unhealthy
 from shim.sockets import Connection, find_client

@@ -28,7 +28,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from shim.logs import Log
+    from shim.log.log import Log
     from shim.users import User
 
 RESET_MESSAGE = "The containers input and output directories could not be reset"

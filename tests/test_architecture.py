@@ -21,7 +21,7 @@ contract contract.errors contract.durations contract.fields stopping
 s3 s3.errors contract.uri s3.urls s3.exposure
 s3.checksums s3.sigv4 s3.profiles s3.endpoints s3.retries s3.xml
 contract.tasks contract.settings contract.command
-logs frozen privacy users executables descendants killer ipc launch relay process
+log log.log frozen privacy users executables descendants killer ipc launch log.relay process
 workspace locks archives loopback sockets
 s3.affinity s3.crew s3.buffers s3.store s3.wire s3.tls s3.http1 s3.transport
 s3.credential_sources s3.credentials s3.operations s3.pace s3.download s3.upload
@@ -32,7 +32,7 @@ cli __main__
 """.split()
 
 # Leaves and values: no network, no processes, no threads.
-VALUES = ORDER[: ORDER.index("logs")]
+VALUES = ORDER[: ORDER.index("log")]
 EFFECTS = {"socket", "ssl", "http", "urllib.request", "subprocess", "threading"}
 
 
@@ -117,7 +117,7 @@ def test_the_distribution_requires_nothing() -> None:
 LATE = """
 _hashlib asyncio concurrent ctypes hashlib hmac logging subprocess tarfile tempfile textwrap
 traceback typing unittest urllib.request uuid xml zipfile
-shim.archives shim.inputs shim.invoke_mode shim.launch shim.preflight shim.process shim.relay
+shim.archives shim.inputs shim.invoke_mode shim.launch shim.preflight shim.process shim.log.relay
 shim.s3.client
 """.split()
 

@@ -15,7 +15,7 @@ import pytest
 
 from shim import cli
 from shim.contract.errors import InvalidSettings, Problem, TaskStopped, UsageError
-from shim.logs import Log
+from shim.log.log import Log
 from shim.runner import PlatformFailure
 from shim.s3.errors import S3ClientError
 from shim.stopping import Stop

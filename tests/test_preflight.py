@@ -16,7 +16,7 @@ from shim import preflight
 from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import parse_tasks
-from shim.logs import Log
+from shim.log.log import Log
 from shim.modes import resolve_spec
 from shim.preflight import ERROR, OK, WARNING, Finding, Situation, examine, tell
 from shim.process import MemoryEvents, start

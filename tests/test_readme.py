@@ -10,7 +10,7 @@ from pathlib import Path
 from shim.cli import COMMAND_SIGNALS, STOP_SIGNALS, build_parser
 from shim.contract.settings import PREFIX, VARIABLES
 from shim.contract.tasks import InferenceResult, parse_tasks
-from shim.logs import encode_lines
+from shim.log.log import encode_lines
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

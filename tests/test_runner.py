@@ -20,7 +20,7 @@ import pytest
 from shim.contract.errors import TaskStopped, UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, result_key, sign
-from shim.logs import Log
+from shim.log.log import Log
 from shim.modes import Outcome
 from shim.runner import (
     DOWNLOAD_MESSAGE,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shim.contract.settings import Settings
-from shim.logs import Log
+from shim.log.log import Log
 from shim.runtime import Runtime
 from shim.s3.directory import DirectoryStore
 from shim.stopping import Stop

@@ -18,7 +18,7 @@ import pytest
 
 from shim.contract.errors import TaskStopped
 from shim.contract.tasks import InferenceResult, InferenceTask
-from shim.logs import Log
+from shim.log.log import Log
 from shim.server import Forbidden, Server, build_server
 from shim.service import FORBIDDEN_MESSAGE, Service, resolve_command_uid
 from shim.sockets import Client, Connection, find_client

@@ -51,8 +51,8 @@ def peak_kib() -> int:
 
 def relay_ours(fd: int) -> None:
     sys.path.insert(0, str(ROOT))
-    from shim.logs import Log
-    from shim.relay import Relay
+    from shim.log.log import Log
+    from shim.log.relay import Relay
 
     relay = Relay(Log(), task="00000000-0000-0000-0000-000000000000")
     relay.attach(os.dup(fd), source="stdout")

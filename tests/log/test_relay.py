@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shim import relay as relay_module
-from shim.logs import MAX_LINE_BYTES, Log
-from shim.relay import MAX_KEPT_CHARACTERS, Relay
+from shim.log import relay as relay_module
+from shim.log.log import MAX_LINE_BYTES, Log
+from shim.log.relay import MAX_KEPT_CHARACTERS, Relay
 from tests.support import poll
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shim.logs import MAX_LINE_BYTES, Log, encode_lines
+from shim.log.log import MAX_LINE_BYTES, Log, encode_lines
 from tests.support import poll
 
 

@@ -1,0 +1,1 @@
+"""What the shim and the command say, as JSON lines: it imports nothing of ours but contract."""
