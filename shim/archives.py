@@ -23,7 +23,7 @@ import zlib
 from contextlib import contextmanager, suppress
 
 from shim.contract.errors import ShimError, UserSafeError
-from shim.users import User, may_read
+from shim.process.users import User, may_read
 from shim.workspace import closing_descriptor, make_directories
 
 TYPE_CHECKING = False

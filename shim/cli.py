@@ -42,14 +42,14 @@ from shim.frozen import carried_bundle, describe, settle, take_environment
 from shim.locks import exclusive
 from shim.log.log import Log
 from shim.modes import ExecMode
-from shim.privacy import overwrite_environment
+from shim.process.privacy import overwrite_environment
+from shim.process.stopping import Stop
+from shim.process.users import User, image_user, is_ourselves
 from shim.runner import PlatformFailure, Runner
 from shim.runtime import Runtime, leave_setup_result
 from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
 from shim.s3.exposure import find_exposure, never_exposed
 from shim.s3.store import LateStore
-from shim.stopping import Stop
-from shim.users import User, image_user, is_ourselves
 from shim.workspace import Workspace
 
 TYPE_CHECKING = False
@@ -725,7 +725,7 @@ def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
 
 def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop: Stop) -> Store:
     """Return the object storage that the environment names."""
-    from shim.process import run_helper
+    from shim.process.process import run_helper
     from shim.s3.client import connect
 
     user = _find_command_user(settings)

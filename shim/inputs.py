@@ -28,9 +28,9 @@ from shim.s3.transfer import Download
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.log.log import Log
+    from shim.process.stopping import Stop
     from shim.s3.store import Store
     from shim.s3.transfer import Transfers
-    from shim.stopping import Stop
     from shim.workspace import Workspace
 
 MAX_PATH_BYTES = 4095  # PATH_MAX in limits.h: nobody opens a longer one

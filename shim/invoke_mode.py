@@ -20,8 +20,8 @@ from shim.modes import (
     read_ending,
     refuse_time_limit,
 )
-from shim.process import Process
-from shim.sockets import find_listening_ports
+from shim.process.process import Process
+from shim.process.sockets import find_listening_ports
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"
 CONNECT_MESSAGE = "Could not connect to invoke endpoint"

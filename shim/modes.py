@@ -19,16 +19,16 @@ from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import InferenceTask
 from shim.log.log import Log
-from shim.stopping import Stop
-from shim.users import image_user
+from shim.process.stopping import Stop
+from shim.process.users import image_user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
-    from shim.launch import ProcessSpec
     from shim.log.relay import Relay
-    from shim.process import Ending, Process
+    from shim.process.launch import ProcessSpec
+    from shim.process.process import Ending, Process
 else:
     Protocol = object
 
@@ -93,7 +93,7 @@ def resolve_spec(settings: Settings, environ: Mapping[str, str]) -> ProcessSpec:
 
     Raises UserSafeError when the image has no command or its USER cannot be resolved.
     """
-    from shim.launch import ProcessSpec
+    from shim.process.launch import ProcessSpec
 
     argv = resolve_argv(entrypoint=settings.entrypoint, cmd=settings.cmd)
     user = image_user(settings.user, set_extra_groups=settings.set_extra_groups)
@@ -130,7 +130,7 @@ class BaseMode:
     def _start(self, task: str | None) -> tuple[Process, Relay]:
         """Start the command and relay what it writes."""
         from shim.log.relay import Relay
-        from shim.process import NO_ROOM_MESSAGE, start
+        from shim.process.process import NO_ROOM_MESSAGE, start
 
         spec = resolve_spec(self._settings, self._environ)
         self._before_start()

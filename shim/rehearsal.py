@@ -25,7 +25,7 @@ from shim.contract.durations import parse_duration
 from shim.contract.errors import UsageError
 from shim.contract.settings import Settings
 from shim.contract.tasks import InferenceIO, InferenceTask
-from shim.namespaces import show
+from shim.process.namespaces import show
 
 PK = "run"
 PATH_VARIABLES = ("SHIM_INPUT_PATH", "SHIM_OUTPUT_PATH")

@@ -26,9 +26,9 @@ from shim.contract.tasks import (
 )
 from shim.log.log import Log
 from shim.modes import Mode, Outcome
+from shim.process.stopping import Stop
+from shim.process.users import image_user
 from shim.s3.errors import FileChanged, S3ClientError
-from shim.stopping import Stop
-from shim.users import image_user
 from shim.workspace import Workspace
 
 TYPE_CHECKING = False

@@ -14,9 +14,9 @@ from shim.contract.settings import Settings
 from shim.contract.tasks import RuntimeSetupResult, runtime_setup_key
 from shim.log.log import Log
 from shim.modes import Mode
+from shim.process.stopping import Stop
+from shim.process.users import image_user
 from shim.runner import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
-from shim.stopping import Stop
-from shim.users import image_user
 from shim.workspace import (
     clean_directory,
     closing_descriptor,

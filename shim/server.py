@@ -29,7 +29,7 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
 
 from shim.contract.errors import InvalidTasks, NotText, Problem, ShimError, TaskStopped
-from shim.sockets import Connection
+from shim.process.sockets import Connection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

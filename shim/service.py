@@ -8,10 +8,10 @@ import threading
 from shim.contract.errors import UserSafeError
 from shim.contract.tasks import parse_task
 from shim.log.log import Log
+from shim.process.sockets import Connection, find_client
+from shim.process.users import resolve_user
 from shim.runner import Runner
 from shim.server import Busy, Forbidden, Unhealthy
-from shim.sockets import Connection, find_client
-from shim.users import resolve_user
 
 FORBIDDEN_MESSAGE = "An algorithm may not ask for tasks itself"
 UNHEALTHY_MESSAGE = "Container unhealthy, terminating process"

@@ -22,14 +22,14 @@ from functools import partial
 from pathlib import Path
 
 from shim.contract.errors import UserSafeError
-from shim.users import may_read
+from shim.process.users import may_read
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from shim.log.log import Log
-    from shim.users import User
+    from shim.process.users import User
 
 RESET_MESSAGE = "The containers input and output directories could not be reset"
 OUTPUT_MESSAGE = "The containers output directory is not a directory"

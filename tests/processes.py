@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from shim.launch import ProcessSpec
-from shim.process import Ending, Process, start
-from shim.stopping import Stop
-from shim.users import User
+from shim.process.launch import ProcessSpec
+from shim.process.process import Ending, Process, start
+from shim.process.stopping import Stop
+from shim.process.users import User
 
 PYTHON = sys.executable
 ENVIRONMENT = {"PATH": os.environ["PATH"]}

@@ -14,22 +14,39 @@ import shim
 
 PACKAGE = Path(shim.__file__).parent
 
-# One total order: a module may import what stands above it.
-ORDER = """
-shim
-contract contract.errors contract.durations contract.fields stopping
-s3 s3.errors contract.uri s3.urls s3.exposure
-s3.checksums s3.sigv4 s3.profiles s3.endpoints s3.retries s3.xml
-contract.tasks contract.settings contract.command
-log log.log frozen privacy users executables descendants killer ipc launch log.relay process
-workspace locks archives loopback sockets
-s3.affinity s3.crew s3.buffers s3.store s3.wire s3.tls s3.http1 s3.transport
-s3.credential_sources s3.credentials s3.operations s3.pace s3.download s3.upload
-s3.directory s3.client s3.transfer
-modes invoke_mode inputs runner runtime scripts preflight namespaces rehearsal
-server service
-cli __main__
-""".split()
+# One total order: a module may import what stands above it. The first word of a line is a room.
+ROOMS = """
+contract: errors durations fields uri tasks settings command
+log: log relay
+process: stopping privacy users executables scripts descendants killer ipc launch process sockets
+process: namespaces
+files: workspace locks archives exposure
+http: errors urls stream tls connection transport loopback
+aws: errors sigv4 profiles xml endpoints sources credentials
+s3: errors checksums endpoints retries affinity crew buffers store operations pace download upload
+s3: directory client transfer
+runner: modes invoke_mode inputs task runtime
+check: preflight
+serve: protocol service
+commands: rehearsal
+"""
+
+
+def order() -> Iterator[str]:
+    yield "shim"
+    seen = set()
+    for line in ROOMS.split("\n")[1:-1]:
+        room, names = line.split(": ")
+        if room == "process" and room not in seen:
+            yield "frozen"
+        if room not in seen:
+            yield room
+        seen.add(room)
+        yield from (f"{room}.{name}" for name in names.split())
+    yield from ("cli", "__main__")
+
+
+ORDER = [*order()]
 
 # Leaves and values: no network, no processes, no threads.
 VALUES = ORDER[: ORDER.index("log")]
@@ -117,7 +134,7 @@ def test_the_distribution_requires_nothing() -> None:
 LATE = """
 _hashlib asyncio concurrent ctypes hashlib hmac logging subprocess tarfile tempfile textwrap
 traceback typing unittest urllib.request uuid xml zipfile
-shim.archives shim.inputs shim.invoke_mode shim.launch shim.preflight shim.process shim.log.relay
+shim.archives shim.inputs shim.invoke_mode shim.process.launch shim.preflight shim.process.process shim.log.relay
 shim.s3.client
 """.split()
 

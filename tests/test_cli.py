@@ -16,9 +16,9 @@ import pytest
 from shim import cli
 from shim.contract.errors import InvalidSettings, Problem, TaskStopped, UsageError
 from shim.log.log import Log
+from shim.process.stopping import Stop
 from shim.runner import PlatformFailure
 from shim.s3.errors import S3ClientError
-from shim.stopping import Stop
 from tests.e2e.platform import ROOT
 from tests.support import free_port
 

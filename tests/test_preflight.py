@@ -19,7 +19,7 @@ from shim.contract.tasks import parse_tasks
 from shim.log.log import Log
 from shim.modes import resolve_spec
 from shim.preflight import ERROR, OK, WARNING, Finding, Situation, examine, tell
-from shim.process import MemoryEvents, start
+from shim.process.process import MemoryEvents, start
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import ServiceError
@@ -27,8 +27,8 @@ from shim.s3.transport import IMAGE_BUNDLES
 from shim.workspace import Workspace
 from tests.e2e.platform import P, b64j
 from tests.fakes.s3_double import Exchange, S3Double
+from tests.process.test_executables import CASES
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root
-from tests.test_executables import CASES
 from tests.test_workspace import RecordingLog, in_mount_namespace
 
 MACHINE = os.uname().machine

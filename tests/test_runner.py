@@ -22,6 +22,7 @@ from shim.contract.settings import Settings
 from shim.contract.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, result_key, sign
 from shim.log.log import Log
 from shim.modes import Outcome
+from shim.process.stopping import Stop
 from shim.runner import (
     DOWNLOAD_MESSAGE,
     STOPPED_MESSAGE,
@@ -32,7 +33,6 @@ from shim.runner import (
 )
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import S3ClientError, ServiceError
-from shim.stopping import Stop
 from shim.workspace import Workspace
 
 KEY = b"key"

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from shim.contract.errors import InvalidTasks, NotText, Problem, TaskStopped
 from shim.contract.tasks import parse_task
 from shim.log.log import Log
+from shim.process.sockets import Connection
 from shim.server import Busy, Forbidden, Limits, Server, Unhealthy, build_server
-from shim.sockets import Connection
 from tests.support import poll
 
 Serve = Callable[..., "Service"]

@@ -19,9 +19,9 @@ import pytest
 from shim.contract.errors import TaskStopped
 from shim.contract.tasks import InferenceResult, InferenceTask
 from shim.log.log import Log
+from shim.process.sockets import Client, Connection, find_client
 from shim.server import Forbidden, Server, build_server
 from shim.service import FORBIDDEN_MESSAGE, Service, resolve_command_uid
-from shim.sockets import Client, Connection, find_client
 from tests.support import UNPRIVILEGED_UID, needs_root, poll
 
 ASKER = Path(__file__).parent / "data/asker.py"
@@ -369,7 +369,7 @@ kill $other
 """
 PROGRAM = """
 import socket, sys, time
-from shim.sockets import Connection, find_client
+from shim.process.sockets import Connection, find_client
 if sys.argv[1] == "client":
     for _ in range(200):
         try:

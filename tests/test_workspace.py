@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from shim.contract.errors import UserSafeError
-from shim.users import User
+from shim.process.users import User
 from shim.workspace import (
     Workspace,
     clean_directory,

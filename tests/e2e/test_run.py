@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.platform import ROOT, Finished, P, Platform
+from tests.process.test_namespaces import is_allowed
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
-from tests.test_namespaces import is_allowed
 
 EXAMPLE = ROOT / "tests/data/example"
 

@@ -34,7 +34,7 @@ assert -1 not in make() + make()
 PRELUDE = f"""
 import ctypes, os, time
 from pathlib import Path
-from shim.users import User
+from shim.process.users import User
 from tests.processes import GRACE, NEVER, begin, close, read_line
 from tests.support import poll
 PYTHON, MAKE = "/usr/bin/python3", {MAKE!r}

@@ -22,17 +22,17 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 
-from shim import descendants
+from shim.process import descendants
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import NoReturn
 
-    from shim.descendants import Stat
+    from shim.process.descendants import Stat
 
 _ANSWER_SECONDS = 5.0
-_MAX_FDS = 1 << 20  # as in shim.launch
+_MAX_FDS = 1 << 20  # as in shim.process.launch
 _MAX_UID = 2**32 - 2
 
 

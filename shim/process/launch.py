@@ -23,10 +23,10 @@ import stat
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from shim import descendants
 from shim.frozen import settle
-from shim.privacy import PR_SET_NO_NEW_PRIVS, find_prctl, forbid_inspection
-from shim.users import User
+from shim.process import descendants
+from shim.process.privacy import PR_SET_NO_NEW_PRIVS, find_prctl, forbid_inspection
+from shim.process.users import User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import os
 import stat
 import struct
 
-from shim.users import User
+from shim.process.users import User
 
 NOT_FOUND = "The command defined by the containers ENTRYPOINT and CMD instructions does not exist"
 NOT_PERMITTED = (

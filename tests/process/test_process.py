@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from shim.process import Ending, MemoryEvents, Process, run_helper, start
-from shim.stopping import Stop
-from shim.users import User
+from shim.process.process import Ending, MemoryEvents, Process, run_helper, start
+from shim.process.stopping import Stop
+from shim.process.users import User
 from tests.processes import (
     ENVIRONMENT,
     GRACE,

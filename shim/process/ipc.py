@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from shim import descendants
-from shim.killer import take_place
+from shim.process import descendants
+from shim.process.killer import take_place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Objects:
         if not new:
             return
         with suppress(Exception):  # an odd build without _ctypes, or no room for a process
-            import _ctypes  # as in shim.descendants
+            import _ctypes  # as in shim.process.descendants
 
             program = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # dlopen(3) takes NULL
             calls = [

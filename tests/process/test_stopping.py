@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from shim.contract.errors import TaskStopped
-from shim.stopping import Stop
+from shim.process.stopping import Stop
 
 
 @pytest.fixture

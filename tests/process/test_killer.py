@@ -10,8 +10,8 @@ import textwrap
 
 import pytest
 
-from shim import killer
-from shim.descendants import Stat
+from shim.process import killer
+from shim.process.descendants import Stat
 from tests.support import can_unshare, needs_root
 
 needs_namespaces = pytest.mark.skipif(
@@ -70,8 +70,8 @@ USER = 54391
 PRELUDE = f"""
 import ctypes, os, signal, subprocess, sys, time
 from pathlib import Path
-from shim import descendants, killer
-from shim.users import User
+from shim.process import descendants, killer
+from shim.process.users import User
 from tests.processes import PYTHON, begin, close, read_line
 from tests.support import poll
 USER = User(uid={USER}, gid={USER})

@@ -24,24 +24,24 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from shim import descendants, ipc, killer
 from shim.contract.errors import UserSafeError
-from shim.descendants import Leftovers
-from shim.executables import (
+from shim.process import descendants, ipc, killer
+from shim.process.descendants import Leftovers
+from shim.process.executables import (
     NOT_FOUND,
     NOT_PERMITTED_ERRORS,
     describe_missing,
     describe_permission,
     explain_exec_error,
 )
-from shim.launch import Launched, ProcessSpec, StartError, launch
-from shim.users import User
+from shim.process.launch import Launched, ProcessSpec, StartError, launch
+from shim.process.users import User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from shim.stopping import Stop
+    from shim.process.stopping import Stop
 
 _LONGEST_WAIT_SECONDS = 3600.0
 _SLICE_SECONDS = 0.05  # where we must look again: no pidfd before Linux 5.3, second signals

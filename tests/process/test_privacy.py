@@ -12,13 +12,13 @@ from tests.support import UNPRIVILEGED_UID, needs_root
 
 OVERWRITE = """
 import os
-from shim.privacy import overwrite_environment
+from shim.process.privacy import overwrite_environment
 overwrite_environment()
 with open("/proc/self/environ", "rb") as file:
     os.write(1, file.read())
 os.write(1, os.environb.get(b"GRAND_CHALLENGE_A", b"none"))
 """
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_process_that_forbids_inspection_gives_its_child_back_to_its_user() ->
     program = f"""
 import os, sys
 from shim.frozen import settle
-from shim.privacy import find_prctl, forbid_inspection
+from shim.process.privacy import find_prctl, forbid_inspection
 from tests.processes import GRACE, NEVER, begin, close
 find_prctl(), settle()
 os.setresgid(*[{UNPRIVILEGED_UID}] * 3)

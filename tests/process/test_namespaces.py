@@ -14,7 +14,7 @@ from tests.support import UNPRIVILEGED_UID, needs_root
 SCRIPT = """
 import os, shutil, sys
 from pathlib import Path
-from shim.namespaces import show
+from shim.process.namespaces import show
 base = Path(sys.argv[1])
 names = [Path(name) for name in sys.argv[2:]]
 before = os.getcwd()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from shim.contract.errors import UserSafeError
-from shim.executables import explain_exec_error
-from shim.users import User
+from shim.process.executables import explain_exec_error
+from shim.process.users import User
 from tests.processes import run
 from tests.support import UNPRIVILEGED_UID, needs_root
 

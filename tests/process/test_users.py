@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shim.contract.errors import UserSafeError
-from shim.users import User, find_user, may_read, resolve_user
+from shim.process.users import User, find_user, may_read, resolve_user
 
 NO_USER = "The user defined in the containers USER instruction does not exist"
 NO_GROUP = "The group defined in the containers USER instruction does not exist"
@@ -152,7 +152,7 @@ def test_what_the_user_writes_later_changes_nobody(
 ) -> None:
     path = tmp_path / "passwd"
     path.write_text("app:x:1001:0::/app:\n")
-    monkeypatch.setattr("shim.users.PASSWD", path)
+    monkeypatch.setattr("shim.process.users.PASSWD", path)
     resolve_user.cache_clear()
     try:
         before = resolve_user("app")
@@ -204,7 +204,7 @@ def test_lines_without_end_are_skipped_in_bounded_memory(tmp_path: Path) -> None
         file.seek(300 * 1024**2)
         file.write(b":x:1:1::/tail:\nalice:x:1000:1000::/home/alice:\n")
     code = (
-        "import sys; from pathlib import Path; from shim.users import find_user;"
+        "import sys; from pathlib import Path; from shim.process.users import find_user;"
         "print(find_user('alice', passwd=Path(sys.argv[1]), group=Path('/none')).uid)"
     )
     limit = 200 * 1024**2
@@ -213,7 +213,7 @@ def test_lines_without_end_are_skipped_in_bounded_memory(tmp_path: Path) -> None
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         capture_output=True,
         check=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[1].parent,
     )
     assert b"1000\n" == done.stdout
 

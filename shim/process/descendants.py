@@ -10,7 +10,7 @@ Rule 4: signals go to groups: a group that forks faster than we read /proc ends 
 Rule 5: who was not seen may have moved on, from parent to child, while we looked: then it has left
         an orphan that ended, and we look again.
 Rule 6: some thousand processes that do nothing but fork outrun every look: where it may, a killer
-        ends them at one blow (shim.killer). Whoever is left all the same is named.
+        ends them at one blow (shim.process.killer). Whoever is left all the same is named.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def adopt_orphans() -> None:
 def fork() -> int:
     """Fork as os.fork does; the child is ours to collect()."""
     with _lock, warnings.catch_warnings():
-        # Python 3.12 warns of fork beside threads; see the rules of shim.launch.
+        # Python 3.12 warns of fork beside threads; see the rules of shim.process.launch.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
         if pid:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shim.scripts import find_fault
-from shim.users import User
+from shim.process.scripts import find_fault
+from shim.process.users import User
 
 GOOD = b"#!/bin/sh\nexit 0\n"
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from shim.contract.errors import UserSafeError
-from shim.privacy import find_prctl
-from shim.users import User
+from shim.process.privacy import find_prctl
+from shim.process.users import User
 from tests.processes import (
     ENVIRONMENT,
     GRACE,
@@ -239,8 +239,8 @@ def start_without_rights(how: str, groups: str, user: User) -> str:
     program = """
 import os, sys
 from shim.frozen import settle
-from shim.privacy import find_prctl
-from shim.users import User
+from shim.process.privacy import find_prctl
+from shim.process.users import User
 from tests.processes import GRACE, NEVER, begin, close
 find_prctl(), settle()  # while the interpreter's files can be read
 if sys.argv[1] == "neither root":
@@ -365,7 +365,7 @@ def test_uid_that_cannot_be_switched_is_told() -> None:
     program = """
 import os
 from shim.frozen import settle
-from shim.users import User
+from shim.process.users import User
 from tests.processes import run
 settle()
 if os.geteuid() == 0:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shim import descendants
+from shim.process import descendants
 from tests.processes import (
     GRACE,
     NEVER,
@@ -226,7 +226,7 @@ def test_no_signal_goes_to_our_group_or_to_everybody(pgrp: int, expected: int) -
 IN_NAMESPACE = """
 import os, signal, sys
 from datetime import timedelta
-from shim.stopping import Stop
+from shim.process.stopping import Stop
 from tests.processes import begin, close, count_zombies, read_line
 from tests.support import poll
 stop = Stop()

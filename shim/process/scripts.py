@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Sequence
 from shutil import which
 
-from shim.users import User, may_read
+from shim.process.users import User, may_read
 
 _HEAD_BYTES = 4096
 _SHELL = re.compile(r"(ba|da|a|z|k|mk)?sh")
