@@ -38,27 +38,27 @@ from shim.contract.tasks import (
     result_key,
 )
 from shim.contract.uri import parse_s3_uri
+from shim.files.exposure import find_exposure, never_exposed
+from shim.files.locks import exclusive
+from shim.files.workspace import Workspace
 from shim.frozen import carried_bundle, describe, settle, take_environment
-from shim.locks import exclusive
 from shim.log.log import Log
-from shim.modes import ExecMode
 from shim.process.privacy import overwrite_environment
 from shim.process.stopping import Stop
 from shim.process.users import User, image_user, is_ourselves
-from shim.runner import PlatformFailure, Runner
-from shim.runtime import Runtime, leave_setup_result
+from shim.runner.modes import ExecMode
+from shim.runner.runtime import Runtime, leave_setup_result
+from shim.runner.task import PlatformFailure, Runner
 from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
-from shim.s3.exposure import find_exposure, never_exposed
 from shim.s3.store import LateStore
-from shim.workspace import Workspace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from io import FileIO
     from typing import NoReturn, Protocol
 
-    from shim.invoke_mode import InvokeMode
     from shim.log.log import Style
+    from shim.runner.invoke_mode import InvokeMode
     from shim.s3.store import Store
 
     class HasFileno(Protocol):
@@ -443,7 +443,7 @@ def mode_of(settings: Settings) -> type[ExecMode | InvokeMode]:
     """Return the class of the API method that is set."""
     if settings.api_method != "invoke":
         return ExecMode
-    from shim.invoke_mode import InvokeMode  # noqa: F811
+    from shim.runner.invoke_mode import InvokeMode  # noqa: F811
 
     return InvokeMode
 
@@ -468,8 +468,8 @@ def run_invoke(arguments: argparse.Namespace, environ: Mapping[str, str], stop: 
 
 def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Answer SageMaker until a signal comes or the container is unhealthy."""
-    from shim.server import build_server
-    from shim.service import Service, resolve_command_uid
+    from shim.serve.protocol import build_server
+    from shim.serve.service import Service, resolve_command_uid
 
     job = Job(
         environ=environ, stop=stop, title="Starting the model server", style=style_of(arguments)
@@ -505,7 +505,7 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
 
 def run_locally(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run one task on local directories as the platform would; 0 when it succeeded."""
-    from shim.rehearsal import (
+    from shim.commands.rehearsal import (
         PATH_VARIABLES,
         Found,
         holds_something,
@@ -587,7 +587,7 @@ def _scratch(log: Log) -> Iterator[Path | None]:
 
 def run_check(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Say what would go wrong; 0 when nothing certainly would."""
-    from shim import preflight
+    from shim.check import preflight
 
     text, file = arguments.tasks, arguments.file
     is_list_given = _names_tasks(arguments)

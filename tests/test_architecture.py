@@ -134,7 +134,7 @@ def test_the_distribution_requires_nothing() -> None:
 LATE = """
 _hashlib asyncio concurrent ctypes hashlib hmac logging subprocess tarfile tempfile textwrap
 traceback typing unittest urllib.request uuid xml zipfile
-shim.archives shim.inputs shim.invoke_mode shim.process.launch shim.preflight shim.process.process shim.log.relay
+shim.files.archives shim.runner.inputs shim.runner.invoke_mode shim.process.launch shim.check.preflight shim.process.process shim.log.relay
 shim.s3.client
 """.split()
 
@@ -147,7 +147,9 @@ def imported_by(statement: str) -> set[str]:
 
 
 def test_the_first_answer_waits_for_no_module_that_it_does_not_need() -> None:
-    assert set() == imported_by("import shim.cli, shim.server, shim.service") & set(LATE)
+    assert set() == imported_by("import shim.cli, shim.serve.protocol, shim.serve.service") & set(
+        LATE
+    )
 
 
 def test_no_module_loads_openssl_before_its_configuration_is_ours() -> None:

@@ -17,7 +17,7 @@ from shim import cli
 from shim.contract.errors import InvalidSettings, Problem, TaskStopped, UsageError
 from shim.log.log import Log
 from shim.process.stopping import Stop
-from shim.runner import PlatformFailure
+from shim.runner.task import PlatformFailure
 from shim.s3.errors import S3ClientError
 from tests.e2e.platform import ROOT
 from tests.support import free_port

@@ -11,8 +11,8 @@ import botocore.exceptions
 import botocore.session
 import pytest
 
+from shim.files.exposure import never_exposed
 from shim.s3.errors import ProfileInvalid
-from shim.s3.exposure import never_exposed
 from shim.s3.profiles import MAX_FILE_BYTES, read_profile
 from tests.support import UNPRIVILEGED_UID, needs_root
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from shim.files.exposure import ADVICE
 from shim.s3.client import S3Client, connect
 from shim.s3.errors import (
     Cancelled,
@@ -24,7 +25,6 @@ from shim.s3.errors import (
     SettingInvalid,
     TransportError,
 )
-from shim.s3.exposure import ADVICE
 from shim.s3.http1 import Connection, Request, Response, never, parse_head
 from shim.s3.transport import PROXY_FORM, Proxies, Proxy, Transport, Trust
 from tests.fakes.s3_double import Exchange, Fault, Object, S3Double, drop, refuse

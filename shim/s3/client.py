@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote
 
+from shim.files.exposure import find_exposure
 from shim.s3.checksums import checksum_policy, encode_crc32
 from shim.s3.credentials import credential_provider
 from shim.s3.crew import Crew
@@ -28,7 +29,6 @@ from shim.s3.errors import (
     SettingInvalid,
     TransportError,
 )
-from shim.s3.exposure import find_exposure
 from shim.s3.http1 import Response, never
 from shim.s3.operations import Operation, Service, read_headers
 from shim.s3.profiles import read_profile

@@ -23,10 +23,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
+from shim.files.exposure import find_exposure
 from shim.s3 import affinity
 from shim.s3.endpoints import is_true, resolve_sts_url
 from shim.s3.errors import CredentialsFailed, SettingInvalid, TransportError
-from shim.s3.exposure import find_exposure
 from shim.s3.profiles import Profile
 from shim.s3.sigv4 import Credentials
 from shim.s3.transport import FetchResponse

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
+from shim.files.exposure import find_exposure
 from shim.s3.credential_sources import Fetch, Sources
 from shim.s3.errors import CredentialsFailed, NoCredentials, S3ClientError
-from shim.s3.exposure import find_exposure
 from shim.s3.profiles import Profile
 from shim.s3.sigv4 import Credentials
 

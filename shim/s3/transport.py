@@ -18,6 +18,7 @@ from binascii import b2a_base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from shim.files.exposure import find_exposure
 from shim.s3.errors import (
     Cancelled,
     CertificateError,
@@ -25,7 +26,6 @@ from shim.s3.errors import (
     StaleConnection,
     TransportError,
 )
-from shim.s3.exposure import find_exposure
 from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response
 from shim.s3.urls import parse_proxy, parse_url
 from shim.s3.wire import Wire

@@ -16,8 +16,8 @@ import pytest
 from shim.contract.durations import parse_duration
 from tests.e2e.platform import ROOT, Finished, Platform, finish
 from tests.e2e.test_serve import serving
+from tests.serve.test_service import PYTHON
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
-from tests.test_service import PYTHON
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.platform import Finished, Platform, finish, kill
+from tests.serve.test_service import ASKER, PYTHON
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root, poll
-from tests.test_service import ASKER, PYTHON
 
 
 class Server:

@@ -1,7 +1,7 @@
 """The ways in which an image's command does a task; here the one that most images use.
 
 exec    the command is started for each task and runs to its end
-invoke  the command is a server, started once: see shim.invoke_mode
+invoke  the command is a server, started once: see shim.runner.invoke_mode
 
 What runs processes is imported as the first of them starts: a first answer to /ping needs none.
 """

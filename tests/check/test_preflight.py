@@ -12,24 +12,24 @@ from typing import Any
 
 import pytest
 
-from shim import preflight
+from shim.check import preflight
+from shim.check.preflight import ERROR, OK, WARNING, Finding, Situation, examine, tell
 from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import parse_tasks
+from shim.files.workspace import Workspace
 from shim.log.log import Log
-from shim.modes import resolve_spec
-from shim.preflight import ERROR, OK, WARNING, Finding, Situation, examine, tell
 from shim.process.process import MemoryEvents, start
+from shim.runner.modes import resolve_spec
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import ServiceError
 from shim.s3.transport import IMAGE_BUNDLES
-from shim.workspace import Workspace
 from tests.e2e.platform import P, b64j
 from tests.fakes.s3_double import Exchange, S3Double
+from tests.files.test_workspace import RecordingLog, in_mount_namespace
 from tests.process.test_executables import CASES
 from tests.support import UNPRIVILEGED_UID, free_port, needs_root
-from tests.test_workspace import RecordingLog, in_mount_namespace
 
 MACHINE = os.uname().machine
 Build = Callable[..., Situation]
@@ -315,7 +315,7 @@ def resets(situation: Situation) -> bool:
 
 
 MOUNTED = """
-from tests.test_preflight import *
+from tests.check.test_preflight import *
 def build(**variables):
     names = {"INPUT_PATH": "input", "OUTPUT_PATH": "output", "LINKED_INPUT_PARENT": "opt"}
     return Situation(
@@ -442,7 +442,7 @@ def test_destination_of_the_model_must_be_writable(build: Build, tmp_path: Path)
 def test_shared_memory(build: Build, tmp_path: Path) -> None:
     assert [WARNING] == levels(preflight.check_shared_memory(build(), tmp_path / "none"))
     script = """
-from tests.test_preflight import *
+from tests.check.test_preflight import *
 for size in ("1m", "62m", "64000k", "64m", "1g"):
     mount("-t", "tmpfs", "-o", f"size={size}", "none", root)
     print(*found(preflight.check_shared_memory(None, root))[0])

@@ -25,7 +25,7 @@ from shim.contract.errors import InvalidTasks, NotText, Problem, TaskStopped
 from shim.contract.tasks import parse_task
 from shim.log.log import Log
 from shim.process.sockets import Connection
-from shim.server import Busy, Forbidden, Limits, Server, Unhealthy, build_server
+from shim.serve.protocol import Busy, Forbidden, Limits, Server, Unhealthy, build_server
 from tests.support import poll
 
 Serve = Callable[..., "Service"]

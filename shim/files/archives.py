@@ -23,8 +23,8 @@ import zlib
 from contextlib import contextmanager, suppress
 
 from shim.contract.errors import ShimError, UserSafeError
+from shim.files.workspace import closing_descriptor, make_directories
 from shim.process.users import User, may_read
-from shim.workspace import closing_descriptor, make_directories
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -18,13 +18,13 @@ import pytest
 
 from shim.contract.errors import UserSafeError
 from shim.contract.tasks import InferenceIO, InferenceTask
-from shim.inputs import Inputs, Source, Sources
+from shim.files.workspace import Workspace
 from shim.process.stopping import Stop
+from shim.runner.inputs import Inputs, Source, Sources
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import S3ClientError
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Transfers
-from shim.workspace import Workspace
 from tests.support import UNPRIVILEGED_UID, needs_root
 
 

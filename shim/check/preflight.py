@@ -18,15 +18,15 @@ from shim.contract.command import resolve_argv
 from shim.contract.errors import InvalidSettings, UsageError, UserSafeError
 from shim.contract.settings import PREFIX, VARIABLES, Settings
 from shim.contract.tasks import InferenceIO, InferenceTask, result_key, runtime_setup_key
+from shim.files.workspace import is_mount_point
 from shim.frozen import carried_bundle
-from shim.modes import resolve_spec
 from shim.process.process import MemoryEvents, start
 from shim.process.scripts import find_fault
 from shim.process.users import User, resolve_user
+from shim.runner.modes import resolve_spec
 from shim.s3.client import S3Client
 from shim.s3.endpoints import configured_endpoint_url
 from shim.s3.errors import S3ClientError, ServiceError
-from shim.workspace import is_mount_point
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

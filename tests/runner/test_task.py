@@ -20,10 +20,11 @@ import pytest
 from shim.contract.errors import TaskStopped, UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, result_key, sign
+from shim.files.workspace import Workspace
 from shim.log.log import Log
-from shim.modes import Outcome
 from shim.process.stopping import Stop
-from shim.runner import (
+from shim.runner.modes import Outcome
+from shim.runner.task import (
     DOWNLOAD_MESSAGE,
     STOPPED_MESSAGE,
     UNEXPECTED_MESSAGE,
@@ -33,7 +34,6 @@ from shim.runner import (
 )
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import S3ClientError, ServiceError
-from shim.workspace import Workspace
 
 KEY = b"key"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shim.s3.exposure import ADVICE, find_exposure, never_exposed
+from shim.files.exposure import ADVICE, find_exposure, never_exposed
 from tests.e2e.test_supervision import needs_namespaces
 from tests.support import UNPRIVILEGED_UID, needs_root
 
@@ -127,7 +127,9 @@ def test_a_read_only_mount_protects_the_files_of_others(file: Path) -> None:
     """A laptop's ~/.aws, mounted into a container, belongs to somebody there."""
     for path in (file.parent, file):
         os.chown(path, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
-    program = "import sys; from shim.s3.exposure import *; print(repr(find_exposure(sys.argv[1])))"
+    program = (
+        "import sys; from shim.files.exposure import *; print(repr(find_exposure(sys.argv[1])))"
+    )
     bind = f"mount --bind {file.parent} {file.parent} && mount -o remount,bind,ro {file.parent}"
     found = [
         subprocess.run(
@@ -136,7 +138,7 @@ def test_a_read_only_mount_protects_the_files_of_others(file: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
         ).stdout
         for prepare in ("true", bind)
     ]

@@ -16,11 +16,11 @@ import pytest
 from shim.contract.settings import Settings
 from shim.log.log import Log
 from shim.process.stopping import Stop
-from shim.runtime import Runtime
+from shim.runner.runtime import Runtime
 from shim.s3.directory import DirectoryStore
+from tests.files.test_workspace import owned_link
+from tests.runner.test_inputs import open_up, read_as_nobody
 from tests.support import UNPRIVILEGED_UID, needs_root
-from tests.test_inputs import open_up, read_as_nobody
-from tests.test_workspace import owned_link
 
 P = "GRAND_CHALLENGE_COMPONENT_"
 SetUp = Callable[..., bool]

@@ -10,8 +10,8 @@ from shim.contract.tasks import parse_task
 from shim.log.log import Log
 from shim.process.sockets import Connection, find_client
 from shim.process.users import resolve_user
-from shim.runner import Runner
-from shim.server import Busy, Forbidden, Unhealthy
+from shim.runner.task import Runner
+from shim.serve.protocol import Busy, Forbidden, Unhealthy
 
 FORBIDDEN_MESSAGE = "An algorithm may not ask for tasks itself"
 UNHEALTHY_MESSAGE = "Container unhealthy, terminating process"

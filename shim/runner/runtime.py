@@ -12,17 +12,17 @@ from pathlib import Path
 from shim.contract.errors import TaskStopped, UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import RuntimeSetupResult, runtime_setup_key
-from shim.log.log import Log
-from shim.modes import Mode
-from shim.process.stopping import Stop
-from shim.process.users import image_user
-from shim.runner import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
-from shim.workspace import (
+from shim.files.workspace import (
     clean_directory,
     closing_descriptor,
     ensure_writable_directories,
     open_directory,
 )
+from shim.log.log import Log
+from shim.process.stopping import Stop
+from shim.process.users import image_user
+from shim.runner.modes import Mode
+from shim.runner.task import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Runtime:
         """Stream a tar from the bucket into a directory that the user's command owns."""
         if source is None:
             return
-        from shim.archives import extract_tar
+        from shim.files.archives import extract_tar
         from shim.s3.errors import S3ClientError
 
         self._stop.check()

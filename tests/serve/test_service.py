@@ -20,11 +20,11 @@ from shim.contract.errors import TaskStopped
 from shim.contract.tasks import InferenceResult, InferenceTask
 from shim.log.log import Log
 from shim.process.sockets import Client, Connection, find_client
-from shim.server import Forbidden, Server, build_server
-from shim.service import FORBIDDEN_MESSAGE, Service, resolve_command_uid
+from shim.serve.protocol import Forbidden, Server, build_server
+from shim.serve.service import FORBIDDEN_MESSAGE, Service, resolve_command_uid
 from tests.support import UNPRIVILEGED_UID, needs_root, poll
 
-ASKER = Path(__file__).parent / "data/asker.py"
+ASKER = Path(__file__).parents[1] / "data/asker.py"
 TASK = {"pk": "t", "inputs": [], "output_bucket_name": "b", "output_prefix": "p"}
 BODY = json.dumps(TASK)
 SOMEBODY_UID = 4321
@@ -402,7 +402,7 @@ def test_who_asks_from_elsewhere_is_nobody_of_ours(nonlocal_bind: str) -> None:
         ["unshare", "--net", "sh", "-c", NETWORK, "sh", nonlocal_bind, sys.executable, PROGRAM],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         timeout=60,
     )
     assert (0, "") == (done.returncode, done.stderr)

@@ -24,8 +24,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shim import archives
 from shim.contract.errors import TaskStopped, UserSafeError
+from shim.files import archives
 from shim.process.users import User
 from tests.support import UNPRIVILEGED_UID, needs_root
 

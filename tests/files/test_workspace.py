@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 
 from shim.contract.errors import UserSafeError
-from shim.process.users import User
-from shim.workspace import (
+from shim.files.workspace import (
     Workspace,
     clean_directory,
     ensure_writable_directories,
     open_directory,
 )
+from shim.process.users import User
 from tests.support import UNPRIVILEGED_UID, needs_root
 
 RESET_MESSAGE = "The containers input and output directories could not be reset"
@@ -298,7 +298,7 @@ def in_mount_namespace(script: str, *arguments: object) -> str:
         pytest.skip(f"needs mount namespaces: {probe.stderr!r}")
     prelude = (
         "import os, subprocess, sys\nfrom pathlib import Path\n"
-        "from tests.test_workspace import *\n"
+        "from tests.files.test_workspace import *\n"
         "def mount(*a): subprocess.run(['mount', *map(str, a)], check=True)\n"
         "root, log = Path(sys.argv[1]), RecordingLog()\n"
     )
@@ -306,7 +306,7 @@ def in_mount_namespace(script: str, *arguments: object) -> str:
         ["unshare", "--mount", sys.executable, "-c", prelude + script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[1].parent,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -422,7 +422,7 @@ def test_very_deep_tree_needs_few_descriptors(in_memory: Path, log: RecordingLog
 def test_wide_tree_is_emptied_in_pieces(
     in_memory: Path, log: RecordingLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shim.workspace.MAX_PENDING", 7)
+    monkeypatch.setattr("shim.files.workspace.MAX_PENDING", 7)
     for number in range(300):
         (in_memory / f"{number}" / "e").mkdir(parents=True)
         (in_memory / f"f{number}").write_text("")

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from shim import locks
 from shim.contract.errors import UsageError
 from shim.contract.settings import PREFIX, Settings
-from shim.locks import exclusive
+from shim.files import locks
+from shim.files.locks import exclusive
 from shim.log.log import Log
 from tests.e2e.platform import ROOT
-from tests.test_workspace import RecordingLog
+from tests.files.test_workspace import RecordingLog
 
 HOLD = """
 import os, sys
-from shim.locks import exclusive
+from shim.files.locks import exclusive
 from shim.log.log import Log
 from shim.contract.settings import Settings
 with exclusive(Settings.from_environ(os.environ), Log()):

@@ -24,12 +24,12 @@ from shim.contract.tasks import (
     result_key,
     sign,
 )
+from shim.files.workspace import Workspace
 from shim.log.log import Log
-from shim.modes import Mode, Outcome
 from shim.process.stopping import Stop
 from shim.process.users import image_user
+from shim.runner.modes import Mode, Outcome
 from shim.s3.errors import FileChanged, S3ClientError
-from shim.workspace import Workspace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Runner:
         self._stop.check()
 
     def _download_inputs(self, task: InferenceTask) -> None:
-        from shim.inputs import Inputs
+        from shim.runner.inputs import Inputs
 
         inputs = Inputs(
             task, store=self._store, workspace=self._workspace, log=self._log, stop=self._stop

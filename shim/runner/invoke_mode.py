@@ -12,7 +12,9 @@ from shim.contract.errors import UserSafeError
 from shim.contract.tasks import InferenceTask
 from shim.log.relay import Relay
 from shim.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
-from shim.modes import (
+from shim.process.process import Process
+from shim.process.sockets import find_listening_ports
+from shim.runner.modes import (
     TIME_LIMIT_MESSAGE,
     BaseMode,
     Outcome,
@@ -20,8 +22,6 @@ from shim.modes import (
     read_ending,
     refuse_time_limit,
 )
-from shim.process.process import Process
-from shim.process.sockets import find_listening_ports
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"
 CONNECT_MESSAGE = "Could not connect to invoke endpoint"

@@ -1,0 +1,1 @@
+"""Files that others may write, reached by descriptor: it imports contract, log and process."""

@@ -1,0 +1,1 @@
+"""The HTTP edge: it imports the rooms before it."""
