@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from shim import __version__
+from shim.aws.errors import ProfileInvalid
 from shim.contract.command import child_environment
 from shim.contract.durations import format_duration
 from shim.contract.errors import (
@@ -42,6 +43,7 @@ from shim.files.exposure import find_exposure, never_exposed
 from shim.files.locks import exclusive
 from shim.files.workspace import Workspace
 from shim.frozen import carried_bundle, describe, settle, take_environment
+from shim.http.errors import RemoteError, SettingInvalid
 from shim.log.log import Log
 from shim.process.privacy import overwrite_environment
 from shim.process.stopping import Stop
@@ -49,7 +51,6 @@ from shim.process.users import User, image_user, is_ourselves
 from shim.runner.modes import ExecMode
 from shim.runner.runtime import Runtime, leave_setup_result
 from shim.runner.task import PlatformFailure, Runner
-from shim.s3.errors import ProfileInvalid, S3ClientError, SettingInvalid
 from shim.s3.store import LateStore
 
 TYPE_CHECKING = False
@@ -339,9 +340,9 @@ def exit_code(error: Exception, stop: Stop, log: Log) -> int:
         else:
             log.error(str(error))
         return 2
-    if isinstance(error, TaskStopped) or (stop.requested and isinstance(error, S3ClientError)):
+    if isinstance(error, TaskStopped) or (stop.requested and isinstance(error, RemoteError)):
         return 128 + (stop.signum or 0)
-    if isinstance(error, S3ClientError):
+    if isinstance(error, RemoteError):
         log.error(str(error))
     elif not isinstance(error, PlatformFailure):  # which has been logged where it happened
         log.exception("Stopping due to an unexpected error", error)
@@ -492,7 +493,7 @@ def run_serve(arguments: argparse.Namespace, environ: Mapping[str, str], stop: S
                     job.complete()
                     service.notice_death()
                 service.close(timeout_seconds=LEAVE_SECONDS)
-    except (TaskStopped, S3ClientError):
+    except (TaskStopped, RemoteError):
         if not stop.requested:
             raise
         job.log.info("Stopped while setting up")
@@ -560,7 +561,7 @@ def refuse_unwritable(store: Store, task: InferenceTask, output: Path) -> None:
     place = result_key(task.output_prefix).rpartition("/")[0]
     try:
         store.probe(task.output_bucket_name, f"{place}/")
-    except S3ClientError as error:
+    except RemoteError as error:
         raise UsageError(f"--output {output}: {error}") from error
 
 
@@ -680,7 +681,7 @@ def _read_remote(file: str, store: Store, stop: Stop) -> dict[str, bytes]:
             for summary in store.list(bucket, key)
             if summary.key.endswith(".json")
         }
-    except (ValueError, S3ClientError) as error:
+    except (ValueError, RemoteError) as error:
         stop.check()  # a stop ends the request too
         raise _unreadable(error) from error
 
@@ -705,7 +706,7 @@ def read_settings(environ: Mapping[str, str], stop: Stop) -> Settings:
     try:
         return Settings.from_environ(environ)
     except InvalidSettings:
-        with suppress(InvalidSettings, S3ClientError):
+        with suppress(InvalidSettings, RemoteError):
             _leave_refusal(environ, stop)
         raise
 

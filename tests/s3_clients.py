@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shim.aws.sigv4 import Credentials
+from shim.http.connection import never
+from shim.http.transport import Proxies, Transport, Trust
 from shim.s3.checksums import ChecksumPolicy
 from shim.s3.client import S3Client
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.http1 import never
 from shim.s3.operations import Service
-from shim.s3.sigv4 import Credentials
 from shim.s3.transfer import Download, Transfers, Upload
-from shim.s3.transport import Proxies, Transport, Trust
 from tests.fakes.s3_double import S3Double
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY
 

@@ -23,7 +23,7 @@ process: namespaces
 files: workspace locks archives exposure
 http: errors urls stream tls connection transport loopback
 aws: errors sigv4 profiles xml endpoints sources credentials
-s3: errors checksums endpoints retries affinity crew buffers store operations pace download upload
+s3: errors checksums endpoints documents retries affinity crew buffers store operations pace download upload
 s3: directory client transfer
 runner: modes invoke_mode inputs task runtime
 check: preflight

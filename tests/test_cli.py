@@ -15,10 +15,10 @@ import pytest
 
 from shim import cli
 from shim.contract.errors import InvalidSettings, Problem, TaskStopped, UsageError
+from shim.http.errors import RemoteError
 from shim.log.log import Log
 from shim.process.stopping import Stop
 from shim.runner.task import PlatformFailure
-from shim.s3.errors import S3ClientError
 from tests.e2e.platform import ROOT
 from tests.support import free_port
 
@@ -37,7 +37,7 @@ def stopped_by(signum: int) -> Stop:
         (TaskStopped("x"), stopped_by(signal.SIGTERM), 143),
         (TaskStopped("x"), stopped_by(signal.SIGINT), 130),
         (PlatformFailure("x"), Stop(), 1),
-        (S3ClientError("x"), Stop(), 1),
+        (RemoteError("x"), Stop(), 1),
         (RuntimeError("x"), Stop(), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

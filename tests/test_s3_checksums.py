@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from shim.http.errors import SettingInvalid
 from shim.s3.checksums import ChecksumPolicy, checksum_policy
-from shim.s3.errors import SettingInvalid
 
 REQUEST, RESPONSE = "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"
 

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from shim.http.errors import Cancelled, RemoteError, TransportError
 from shim.s3.client import connect
-from shim.s3.errors import Cancelled, IntegrityError, S3ClientError, ServiceError, TransportError
+from shim.s3.errors import IntegrityError, ServiceError
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Transfers, Upload
 from tests.fakes.s3_double import (
@@ -188,7 +189,7 @@ def test_a_listing_that_repeats_itself_is_refused(double: S3Double) -> None:
         exchange.answer()
 
     double.faults = [forget] * 5
-    with pytest.raises(S3ClientError, match="circles"):
+    with pytest.raises(RemoteError, match="circles"):
         list(build_harness(double.url).client.list("bucket", ""))
     assert 2 == len(double.seen)
 
@@ -196,7 +197,7 @@ def test_a_listing_that_repeats_itself_is_refused(double: S3Double) -> None:
 def test_an_object_that_is_too_long_is_refused_unread(double: S3Double) -> None:
     double.buckets["bucket"]["key"] = Object(body=b"x" * 11)
     client = build_harness(double.url).client
-    with pytest.raises(S3ClientError, match="s3://bucket/key is longer than 10 bytes"):
+    with pytest.raises(RemoteError, match="s3://bucket/key is longer than 10 bytes"):
         client.get("bucket", "key", max_bytes=10)
     assert b"x" * 11 == client.get("bucket", "key", max_bytes=11)
 

@@ -17,19 +17,19 @@ import pytest
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.endpoint_provider import EndpointProvider
 
-from shim.contract.uri import is_bucket_name
-from shim.s3.endpoints import (
+from shim.aws.endpoints import (
     PARTITIONS,
     URL_FORM,
     Endpoint,
-    EndpointConfiguration,
+    EndpointUnresolved,
     configured_endpoint_url,
     partition,
-    resolve,
     resolve_sts_url,
 )
-from shim.s3.errors import EndpointUnresolved, SettingInvalid
-from shim.s3.profiles import read_profile
+from shim.aws.profiles import read_profile
+from shim.contract.uri import is_bucket_name
+from shim.http.errors import SettingInvalid
+from shim.s3.endpoints import EndpointConfiguration, resolve
 from tests.oracles import read_botocore_json
 
 DATA = Path(botocore.__file__).parent / "data"

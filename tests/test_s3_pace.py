@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from shim.http.connection import Connection, Response
 from shim.s3 import pace
-from shim.s3.http1 import Connection, Response
 from shim.s3.pace import Pace
 from tests.support import poll
 

@@ -11,19 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from shim.aws.sigv4 import Credentials
+from shim.http.errors import CertificateError, RemoteError, StaleConnection, TransportError
 from shim.s3 import retries
 from shim.s3.checksums import ChecksumPolicy
-from shim.s3.errors import (
-    CertificateError,
-    ObjectChanged,
-    S3ClientError,
-    ServiceError,
-    StaleConnection,
-    TransportError,
-)
+from shim.s3.errors import ObjectChanged, ServiceError
 from shim.s3.operations import Pace
 from shim.s3.retries import Kind
-from shim.s3.sigv4 import Credentials
 from shim.s3.transfer import Transfers
 from tests.fakes.s3_double import (
     Exchange,
@@ -365,7 +359,7 @@ def test_attempts_are_configured_as_for_botocore(
 )
 def test_settings_that_mean_nothing_are_named(environ: dict[str, str]) -> None:
     ((name, _),) = environ.items()
-    with pytest.raises(S3ClientError, match=name):
+    with pytest.raises(RemoteError, match=name):
         retries.configured_attempts(environ, {})
 
 
@@ -378,7 +372,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("error", "kind"), KINDS)
-def test_kinds_of_failures_without_an_answer(error: S3ClientError, kind: Kind) -> None:
+def test_kinds_of_failures_without_an_answer(error: RemoteError, kind: Kind) -> None:
     assert kind is retries.kind_of(error, now=datetime.now(UTC))
 
 

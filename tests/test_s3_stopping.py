@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from shim.http.errors import Cancelled, TransportError
 from shim.s3 import download, upload
-from shim.s3.errors import Cancelled, TransportError
 from tests.fakes.s3_double import Exchange, Object
 from tests.s3_clients import Harness, build_harness, running_double
 from tests.s3_servers import make_certificate

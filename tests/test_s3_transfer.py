@@ -17,19 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shim.http.connection import never
+from shim.http.errors import Cancelled, RemoteError, TransportError
 from shim.s3 import download, pace, upload
 from shim.s3.checksums import combine_crc32
 from shim.s3.crew import Crew
-from shim.s3.errors import (
-    Cancelled,
-    FileChanged,
-    IntegrityError,
-    ObjectChanged,
-    S3ClientError,
-    ServiceError,
-    TransportError,
-)
-from shim.s3.http1 import never
+from shim.s3.errors import FileChanged, IntegrityError, ObjectChanged, ServiceError
 from shim.s3.transfer import Download, Transfers, Upload
 from tests.fakes.s3_double import (
     Exchange,
@@ -758,7 +751,7 @@ def test_every_plan_is_one_that_s3_takes(size: int) -> None:
 
 
 def test_more_than_s3_can_hold_is_refused() -> None:
-    with pytest.raises(S3ClientError, match="larger than S3 can hold"):
+    with pytest.raises(RemoteError, match="larger than S3 can hold"):
         upload.part_bytes(10_000 * 5 * GIB + 1)
 
 

@@ -14,19 +14,20 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from shim.aws.endpoints import configured_endpoint_url
 from shim.contract.command import resolve_argv
 from shim.contract.errors import InvalidSettings, UsageError, UserSafeError
 from shim.contract.settings import PREFIX, VARIABLES, Settings
 from shim.contract.tasks import InferenceIO, InferenceTask, result_key, runtime_setup_key
 from shim.files.workspace import is_mount_point
 from shim.frozen import carried_bundle
+from shim.http.errors import RemoteError
 from shim.process.process import MemoryEvents, start
 from shim.process.scripts import find_fault
 from shim.process.users import User, resolve_user
 from shim.runner.modes import resolve_spec
 from shim.s3.client import S3Client
-from shim.s3.endpoints import configured_endpoint_url
-from shim.s3.errors import S3ClientError, ServiceError
+from shim.s3.errors import ServiceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def examine(
     for check in CHECKS:
         try:
             yield from check(situation)
-        except (OSError, S3ClientError) as error:
+        except (OSError, RemoteError) as error:
             subject = check.__name__.removeprefix("check_").replace("_", " ")
             yield Finding(ERROR, subject, f"could not be checked: {error}")
 
@@ -361,7 +362,7 @@ def _check_authorities(store: S3Client, situation: Situation) -> Iterator[Findin
     level = ERROR if situation.names_objects and url.startswith("https:") else WARNING
     try:
         count = store.trust.context().cert_store_stats()["x509"]
-    except S3ClientError as error:
+    except RemoteError as error:
         yield Finding(level, "authorities", f"{error}: name another in AWS_CA_BUNDLE")
         return
     source = store.trust.source.replace(carried_bundle() or "\0", "those carried by this program")
@@ -377,7 +378,7 @@ def _check_credentials(store: S3Client, situation: Situation) -> Generator[Findi
     try:
         yield Finding(OK, "credentials", store.find_credentials())
         return True
-    except S3ClientError as error:
+    except RemoteError as error:
         level = ERROR if situation.names_objects else WARNING
         yield Finding(level, "credentials", f"{error}: the run could reach no bucket")
         return False
@@ -457,7 +458,7 @@ def _check_writing(
             else:
                 message = f"{error}: let the credentials write below {place!r}"
                 yield Finding(ERROR, "outputs", message)
-        except S3ClientError as error:
+        except RemoteError as error:
             yield Finding(ERROR, "outputs", f"{error}: nothing could be written to {place!r}")
     if len(places) > MOST_PREFIXES:
         others = len(places) - MOST_PREFIXES

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 from shim.contract.errors import UserSafeError
 from shim.contract.tasks import InferenceTask
+from shim.http.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
 from shim.log.relay import Relay
-from shim.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
 from shim.process.process import Process
 from shim.process.sockets import find_listening_ports
 from shim.runner.modes import (

@@ -84,7 +84,7 @@ class Runtime:
         if source is None:
             return
         from shim.files.archives import extract_tar
-        from shim.s3.errors import S3ClientError
+        from shim.http.errors import RemoteError
 
         self._stop.check()
         self._log.info(f"Unpacking the {name} from {source} to {destination}")
@@ -105,7 +105,7 @@ class Runtime:
             raise UserSafeError(
                 f"Could not set up {name}: {destination} cannot be used: {error.strerror}"
             ) from error
-        except S3ClientError as error:
+        except RemoteError as error:
             self._stop.check()  # a stop ends the download
             self._log.error(f"Could not read the {name}: {error}")
             raise UserSafeError(

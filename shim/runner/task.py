@@ -25,11 +25,12 @@ from shim.contract.tasks import (
     sign,
 )
 from shim.files.workspace import Workspace
+from shim.http.errors import RemoteError
 from shim.log.log import Log
 from shim.process.stopping import Stop
 from shim.process.users import image_user
 from shim.runner.modes import Mode, Outcome
-from shim.s3.errors import FileChanged, S3ClientError
+from shim.s3.errors import FileChanged
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Runner:
         """Do a transfer; what goes wrong with S3 or the disk is the platform's failure."""
         try:
             transfer()
-        except (S3ClientError, OSError) as error:
+        except (RemoteError, OSError) as error:
             self._stop.check()  # a stop cancels transfers
             if isinstance(error, FileChanged):
                 raise UserSafeError(str(error)) from error

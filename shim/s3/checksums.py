@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from shim.s3.errors import IntegrityError, SettingInvalid
+from shim.http.errors import SettingInvalid
+from shim.s3.errors import IntegrityError
 
 _POLYNOMIAL = 0xEDB88320
 

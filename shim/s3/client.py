@@ -15,28 +15,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import unquote
 
+from shim.aws.credentials import credential_provider
+from shim.aws.endpoints import EndpointUnresolved
+from shim.aws.profiles import read_profile
 from shim.files.exposure import find_exposure
+from shim.http.connection import Response, never
+from shim.http.errors import CertificateError, SettingInvalid, TransportError
+from shim.http.transport import Proxies, Transport, Trust
 from shim.s3.checksums import checksum_policy, encode_crc32
-from shim.s3.credentials import credential_provider
 from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
+from shim.s3.documents import Page, parse_page
 from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.errors import (
-    CertificateError,
-    EndpointUnresolved,
-    S3ClientError,
-    SettingInvalid,
-    TransportError,
-)
-from shim.s3.http1 import Response, never
+from shim.s3.errors import S3ClientError
 from shim.s3.operations import Operation, Service, read_headers
-from shim.s3.profiles import read_profile
 from shim.s3.retries import PERSISTENT_ATTEMPTS, configured_attempts
 from shim.s3.store import ObjectHead, ObjectSummary
-from shim.s3.transport import Proxies, Transport, Trust
 from shim.s3.upload import upload
-from shim.s3.xml import Page, parse_page
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from shim.http.errors import Cancelled
 from shim.s3.buffers import borrow_buffer
-from shim.s3.errors import Cancelled, FileChanged, S3ClientError, ServiceError
+from shim.s3.errors import FileChanged, S3ClientError, ServiceError
 from shim.s3.store import ObjectHead, ObjectSummary
 
 TYPE_CHECKING = False

@@ -21,18 +21,12 @@ import threading
 import zlib
 from contextlib import suppress
 
+from shim.http.connection import HEAD_LIMIT_BYTES, Response
+from shim.http.errors import Cancelled, TransportError
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import Checksum, combine_crc32, encode_crc32
 from shim.s3.crew import MOST_HELPERS, Crew, Work
-from shim.s3.errors import (
-    Cancelled,
-    IntegrityError,
-    ObjectChanged,
-    S3ClientError,
-    ServiceError,
-    TransportError,
-)
-from shim.s3.http1 import HEAD_LIMIT_BYTES, Response
+from shim.s3.errors import IntegrityError, ObjectChanged, S3ClientError, ServiceError
 from shim.s3.operations import Operation, Service
 from shim.s3.pace import Pace
 from shim.s3.retries import RESUMES

@@ -9,34 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
+from shim.aws.endpoints import (
+    Endpoint,
+    EndpointUnresolved,
+    configured_endpoint_url,
+    configured_region,
+    custom_endpoint,
+    is_label,
+    is_true,
+    partition,
+)
 from shim.contract.uri import is_bucket_name
-from shim.s3.errors import EndpointUnresolved, SettingInvalid
-from shim.s3.urls import Url, parse_url
 
 GLOBAL_REGION = "aws-global"
-URL_FORM = "http://host[:port] or https://host[:port], without a user name"
 
-# Prefix of the region's name -> name and DNS suffix of the partition (data/partitions.json).
-PARTITIONS = {
-    "cn-": ("aws-cn", "amazonaws.com.cn"),
-    "us-gov-": ("aws-us-gov", "amazonaws.com"),
-    "us-iso-": ("aws-iso", "c2s.ic.gov"),
-    "us-isob-": ("aws-iso-b", "sc2s.sgov.gov"),
-    "us-isof-": ("aws-iso-f", "csp.hci.ic.gov"),
-    "eu-isoe-": ("aws-iso-e", "cloud.adc-e.uk"),
-    "eusc-de-": ("aws-eusc", "amazonaws.eu"),
-}
 
-# botocore args.py: LEGACY_GLOBAL_STS_REGIONS.
-LEGACY_STS_REGIONS = frozenset(
-    "ap-northeast-1 ap-south-1 ap-southeast-1 ap-southeast-2 aws-global ca-central-1 eu-central-1 "
-    "eu-north-1 eu-west-1 eu-west-2 eu-west-3 sa-east-1 us-east-1 us-east-2 us-west-1 us-west-2"
-    "".split()
-)
-
-_LABEL = re.compile(r"(?!-)[a-zA-Z0-9-]{1,63}(?<!-)")
 _IPV4 = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){3}")
 _AWS_URL = re.compile(
     r"https?://(?:[^/]*\.)?s3(?:-fips)?(?:\.dualstack)?[.-](?P<region>[a-z]+-[a-z0-9-]+-[0-9]+)"
@@ -105,111 +94,6 @@ class EndpointConfiguration:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Endpoint:
-    """Where requests for one bucket go, and what they are signed for.
-
-    host is the Host header: with the port unless it is the scheme's default.
-    base_path stands before "/key": percent-encoded, without a final slash, and in path style with
-    the bucket.
-    """
-
-    scheme: str
-    host: str
-    port: int
-    base_path: str
-    region: str
-    service: str
-
-    @property
-    def hostname(self) -> str:
-        """The name or address to connect to, IPv6 without brackets."""
-        return urlsplit(f"//{self.host}").hostname or ""
-
-
-def is_true(text: str) -> bool:
-    """Read a boolean as botocore does: only "true" is, in any case."""
-    return text.lower() == "true"
-
-
-def configured_region(
-    environ: Mapping[str, str], profile: Mapping[str, str]
-) -> tuple[str | None, bool]:
-    """Return the region, and whether FIPS endpoints are asked for: by a switch or in its name."""
-    fips = is_true(environ.get("AWS_USE_FIPS_ENDPOINT") or profile.get("use_fips_endpoint", ""))
-    name, named = _first_set(environ, ("AWS_DEFAULT_REGION", "AWS_REGION"), profile, ("region",))
-    if not named:
-        return None, fips
-    if not _is_label(named):
-        raise SettingInvalid(name, expected="a region such as eu-central-1", found=named)
-    region = named.removeprefix("fips-").removesuffix("-fips")
-    return region, fips or region != named
-
-
-def configured_endpoint_url(
-    environ: Mapping[str, str], profile: Mapping[str, str], *, service: str
-) -> str | None:
-    """Return the endpoint of a service ("s3", "sts"), the most specific setting first.
-
-    Raises SettingInvalid for what is no URL.
-    """
-    variables: tuple[str, ...] = ("AWS_S3_ENDPOINT_URL",) if service == "s3" else ()
-    options: tuple[str, ...] = ()
-    if not is_true(
-        environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS")
-        or profile.get("ignore_configured_endpoint_urls", "")
-    ):
-        variables += (f"AWS_ENDPOINT_URL_{service.upper()}", "AWS_ENDPOINT_URL")
-        options = (f"services.{service}.endpoint_url", "endpoint_url")
-    name, url = _first_set(environ, variables, profile, options)
-    if not url:
-        return None
-    try:
-        _parse_endpoint(url)
-    except ValueError:
-        raise SettingInvalid(name, expected=URL_FORM, found=url) from None
-    return url
-
-
-def _first_set(
-    environ: Mapping[str, str],
-    variables: tuple[str, ...],
-    profile: Mapping[str, str],
-    options: tuple[str, ...],
-) -> tuple[str, str]:
-    """Return what the first that is set is called, and its text; two empty texts if none is."""
-    for name in variables:
-        if environ.get(name):
-            return name, environ[name]
-    for option in options:
-        if profile.get(option):
-            return f"{option} of the profile", profile[option]
-    return "", ""
-
-
-def resolve_sts_url(environ: Mapping[str, str], profile: Mapping[str, str]) -> str:
-    """Return the URL of the Security Token Service, with a final slash."""
-    if endpoint_url := configured_endpoint_url(environ, profile, service="sts"):
-        endpoint = _custom_endpoint(endpoint_url, "")
-        return f"{endpoint.scheme}://{endpoint.host}{endpoint.base_path}/"
-    region, fips = configured_region(environ, profile)
-    mode = environ.get("AWS_STS_REGIONAL_ENDPOINTS") or profile.get("sts_regional_endpoints")
-    if not fips and (not region or (mode == "legacy" and region in LEGACY_STS_REGIONS)):
-        return "https://sts.amazonaws.com/"
-    region = region or "us-east-1"
-    name, suffix = partition(region)
-    service = "sts-fips" if fips and name != "aws-us-gov" else "sts"
-    return f"https://{service}.{region}.{suffix}/"
-
-
-def partition(region: str) -> tuple[str, str]:
-    """Return name and DNS suffix of the partition that a region belongs to."""
-    for prefix, found in PARTITIONS.items():
-        if region.startswith(prefix):
-            return found
-    return "aws", "amazonaws.com"
-
-
 def resolve(
     configuration: EndpointConfiguration, bucket: str, region: str | None = None
 ) -> Endpoint:
@@ -231,7 +115,7 @@ def resolve(
         (custom and c.use_fips, "A custom endpoint cannot be combined with FIPS"),
         (custom and c.use_accelerate, "A custom endpoint cannot be combined with S3 Accelerate"),
         (c.use_fips and in_china, "Partition does not support FIPS"),
-        (not _is_label(region), "Invalid region: region was not a valid DNS name."),
+        (not is_label(region), "Invalid region: region was not a valid DNS name."),
         (unsupported, f"{unsupported} are not supported: `{bucket}`"),
     )
     endpoint = _service_endpoint(c, region)
@@ -248,7 +132,7 @@ def _service_endpoint(c: EndpointConfiguration, region: str) -> Endpoint:
     """The endpoint before a bucket has its place in it."""
     signing_region = "us-east-1" if region == GLOBAL_REGION else region
     if c.endpoint_url:
-        return _custom_endpoint(c.endpoint_url, signing_region)
+        return custom_endpoint(c.endpoint_url, signing_region)
     fips, dualstack = "-fips" * c.use_fips, ".dualstack" * c.use_dualstack
     is_global = region == GLOBAL_REGION or (region == "us-east-1" and c.use_global_endpoint)
     if c.use_accelerate:
@@ -263,34 +147,12 @@ def _service_endpoint(c: EndpointConfiguration, region: str) -> Endpoint:
     )
 
 
-def _parse_endpoint(text: str) -> Url:
-    url = parse_url(text)
-    if any(mark in text for mark in "@?#"):
-        raise ValueError
-    return url
-
-
-def _custom_endpoint(text: str, region: str) -> Endpoint:
-    try:
-        url = _parse_endpoint(text)
-    except ValueError:
-        raise EndpointUnresolved(f"Custom endpoint was not a valid URI: {URL_FORM}") from None
-    return Endpoint(
-        scheme=url.scheme,
-        host=url.netloc,
-        port=url.port,
-        base_path=quote(url.target.rstrip("/"), safe="/~%"),
-        region=region,
-        service="s3",
-    )
-
-
 def _is_virtual_host(c: EndpointConfiguration, endpoint: Endpoint, bucket: str) -> bool:
     """Tell whether the bucket becomes part of the host name; it does not with a custom endpoint."""
     asked = c.addressing_style == "virtual" or (c.addressing_style != "path" and not c.endpoint_url)
     # No wildcard certificate covers a name with dots.
     labels = bucket.split(".") if endpoint.scheme == "http" else [bucket]
-    hostable = 3 <= len(bucket) and bucket == bucket.lower() and all(map(_is_label, labels))
+    hostable = 3 <= len(bucket) and bucket == bucket.lower() and all(map(is_label, labels))
     return asked and hostable and not _is_ip(bucket) and not _is_ip(endpoint.hostname)
 
 
@@ -317,12 +179,12 @@ def _resolve_arn(c: EndpointConfiguration, endpoint: Endpoint, region: str, arn:
             ours != theirs,
             f"Client was configured for partition `{ours}` but ARN (`{arn}`) has `{theirs}`",
         ),
-        (not _is_label(arn_region), f"Invalid region in ARN: `{arn_region}` (invalid DNS name)"),
+        (not is_label(arn_region), f"Invalid region in ARN: `{arn_region}` (invalid DNS name)"),
         (service != "s3" and c.use_dualstack, f"{does} not support Dual-stack"),
         (outposts and c.use_fips, f"{does} not support FIPS"),
         (c.use_accelerate, f"{does} not support S3 Accelerate"),
-        *((not _is_label(one), _INVALID_NAME.format("outpost Id", one)) for one in outposts),
-        (not _is_label(name), _INVALID_NAME.format("access point name", name)),
+        *((not is_label(one), _INVALID_NAME.format("outpost Id", one)) for one in outposts),
+        (not is_label(name), _INVALID_NAME.format("access point name", name)),
     )
     label += "-fips" * c.use_fips + ".dualstack" * c.use_dualstack
     host = endpoint.host if c.endpoint_url else f"{label}.{arn_region}.{partition(arn_region)[1]}"
@@ -335,10 +197,6 @@ def _refuse(*rules: tuple[object, str]) -> None:
     for broken, sentence in rules:
         if broken:
             raise EndpointUnresolved(sentence)
-
-
-def _is_label(text: str) -> bool:
-    return _LABEL.fullmatch(text) is not None
 
 
 def _is_ip(host: str) -> bool:

@@ -4,42 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-
-class S3ClientError(Exception):
-    """Base of every error of this package; retries: how often the request was repeated."""
-
-    retries = 0
+from shim.http.errors import RemoteError
 
 
-class NoCredentials(S3ClientError):
-    """No source of credentials is configured."""
-
-
-class CredentialsFailed(S3ClientError):
-    """A configured source of credentials did not give any."""
-
-
-class ProfileInvalid(S3ClientError):
-    """A shared configuration file cannot be read, or lacks the profile that is asked for."""
-
-
-class SettingInvalid(S3ClientError, ValueError):
-    """A variable of the environment, or an option of the profile, cannot be right.
-
-    Of the text that was found only its length is shown: it may be a secret, or hold one.
-    """
-
-    def __init__(  # noqa: B042 - is neither copied nor pickled
-        self, name: str, *, expected: str, found: str
-    ) -> None:
-        plural = "s" * (len(found) != 1)
-        super().__init__(
-            f"{name}: expected {expected}, found a text of {len(found)} character{plural}"
-        )
-
-
-class EndpointUnresolved(S3ClientError, ValueError):
-    """The configuration and the bucket do not lead to an endpoint."""
+class S3ClientError(RemoteError):
+    """Base of the errors of a store, be it S3 or a directory."""
 
 
 class ServiceError(S3ClientError):
@@ -86,18 +55,6 @@ class ServiceError(S3ClientError):
         return " ".join(f"{text} ({'; '.join(where)})".split())
 
 
-class TransportError(S3ClientError):
-    """No answer, or half of one: refused, reset, timed out, malformed."""
-
-
-class StaleConnection(TransportError):
-    """A kept connection was closed by the server before it could have seen the request."""
-
-
-class CertificateError(TransportError):
-    """The server's certificate is not trusted; asking again would not help."""
-
-
 class IntegrityError(S3ClientError):
     """What arrived or was read is not what was sent or announced."""
 
@@ -112,10 +69,3 @@ class FileChanged(S3ClientError):
     def __init__(self, key: str) -> None:  # noqa: B042 - is neither copied nor pickled
         self.key = key
         super().__init__(f"The file for {key!r} changed while it was uploaded")
-
-
-class Cancelled(S3ClientError):
-    """The caller asked to stop."""
-
-    def __str__(self) -> str:
-        return "The transfer was stopped"

@@ -10,30 +10,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
+from shim.aws.endpoints import Endpoint
+from shim.aws.sigv4 import EMPTY_PAYLOAD_HASH, UNSIGNED_PAYLOAD, Credentials, encode_key, sign
+from shim.aws.xml import parse
+from shim.http.connection import READ_SECONDS, Request, Response, never
+from shim.http.errors import Cancelled, RemoteError, TransportError
+from shim.http.transport import Transport
 from shim.s3 import retries
 from shim.s3.checksums import Checksum, ChecksumPolicy
-from shim.s3.endpoints import Endpoint, EndpointConfiguration, resolve
-from shim.s3.errors import (
-    Cancelled,
-    IntegrityError,
-    S3ClientError,
-    ServiceError,
-    TransportError,
-)
-from shim.s3.http1 import READ_SECONDS, Request, Response, never
+from shim.s3.endpoints import EndpointConfiguration, resolve
+from shim.s3.errors import IntegrityError, ServiceError
 from shim.s3.retries import Kind
-from shim.s3.sigv4 import EMPTY_PAYLOAD_HASH, UNSIGNED_PAYLOAD, Credentials, encode_key, sign
-from shim.s3.transport import Transport
-from shim.s3.xml import parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol, TypeVar
 
-    from shim.s3.credentials import CredentialProvider
-    from shim.s3.http1 import Body
+    from shim.aws.credentials import CredentialProvider
+    from shim.http.connection import Body
+    from shim.http.transport import Trust
     from shim.s3.store import Log
-    from shim.s3.transport import Trust
 
     T = TypeVar("T", covariant=True)
 
@@ -271,7 +267,7 @@ class Service:
         self._report(text, seconds, error, is_loud=retry >= retries.LOUD_ATTEMPT)
         self._pause(seconds, self.cancelled)
 
-    def _report(self, text: str, seconds: float, error: S3ClientError, *, is_loud: bool) -> None:
+    def _report(self, text: str, seconds: float, error: RemoteError, *, is_loud: bool) -> None:
         level = "WARNING" if is_loud else "DEBUG"
         self._log(level, f"{text}; the next attempt follows in {seconds:.1f} s: {error}")
 
@@ -367,7 +363,7 @@ class Service:
     def _mend(
         self,
         kind: Kind,
-        error: S3ClientError,
+        error: RemoteError,
         credentials: Credentials,
         request: Request,
     ) -> bool:
@@ -412,7 +408,7 @@ class Service:
             return ""
         return headers.get("x-amz-bucket-region", "")
 
-    def _delay_seconds(self, kind: Kind, error: S3ClientError, retry: int) -> float:
+    def _delay_seconds(self, kind: Kind, error: RemoteError, retry: int) -> float:
         headers = error.headers if isinstance(error, ServiceError) else {}
         jitter = int.from_bytes(os.urandom(4), "big") / 2**32
         seconds = retries.delay_seconds(kind, retry=retry, headers=headers, random=jitter)

@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shim.s3.http1 import Response
+    from shim.http.connection import Response
 
 WINDOW_BYTES = 2 << 20
 QUEUE_BYTES = 64 << 10  # of less than this it is said that we waited for it

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 
-from shim.s3.errors import (
+from shim.http.errors import (
     CertificateError,
-    IntegrityError,
-    S3ClientError,
-    ServiceError,
+    RemoteError,
     SettingInvalid,
     StaleConnection,
     TransportError,
 )
+from shim.s3.errors import IntegrityError, ServiceError
 
 LONGEST_DELAY_SECONDS = 20.0
 LARGEST_SKEW = timedelta(minutes=4)
@@ -96,7 +95,7 @@ STATUSES = {
 }
 
 
-def kind_of(error: S3ClientError, *, now: datetime) -> Kind:
+def kind_of(error: RemoteError, *, now: datetime) -> Kind:
     """Classify a failure; now: the time that the request was signed with."""
     if isinstance(error, ServiceError):
         return _kind_of_answer(error, now)

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from shim.http.errors import Cancelled
 from shim.s3.crew import Crew
-from shim.s3.errors import Cancelled, ServiceError
+from shim.s3.errors import ServiceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -20,13 +20,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
+from shim.aws.xml import Element, parse
+from shim.http.connection import Response
+from shim.http.errors import Cancelled
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import encode_crc32
 from shim.s3.crew import MOST_HELPERS, Crew
-from shim.s3.errors import Cancelled, FileChanged, S3ClientError, ServiceError
-from shim.s3.http1 import Response
+from shim.s3.documents import build_complete
+from shim.s3.errors import FileChanged, S3ClientError, ServiceError
 from shim.s3.operations import ERROR_LIMIT_BYTES, Operation, Service, error_of, read_headers
-from shim.s3.xml import Element, build_complete, parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

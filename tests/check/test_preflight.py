@@ -18,13 +18,13 @@ from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import parse_tasks
 from shim.files.workspace import Workspace
+from shim.http.transport import IMAGE_BUNDLES
 from shim.log.log import Log
 from shim.process.process import MemoryEvents, start
 from shim.runner.modes import resolve_spec
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import ServiceError
-from shim.s3.transport import IMAGE_BUNDLES
 from tests.e2e.platform import P, b64j
 from tests.fakes.s3_double import Exchange, S3Double
 from tests.files.test_workspace import RecordingLog, in_mount_namespace

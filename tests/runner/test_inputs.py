@@ -19,10 +19,10 @@ import pytest
 from shim.contract.errors import UserSafeError
 from shim.contract.tasks import InferenceIO, InferenceTask
 from shim.files.workspace import Workspace
+from shim.http.errors import RemoteError
 from shim.process.stopping import Stop
 from shim.runner.inputs import Inputs, Source, Sources
 from shim.s3.directory import DirectoryStore
-from shim.s3.errors import S3ClientError
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Transfers
 from tests.support import UNPRIVILEGED_UID, needs_root
@@ -181,7 +181,7 @@ def test_a_path_that_nobody_can_open_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_key_that_names_no_file_is_an_error_of_the_bucket(tmp_path: Path) -> None:
-    with pytest.raises(S3ClientError, match="p/../x"):
+    with pytest.raises(RemoteError, match="p/../x"):
         bring(tmp_path, MemoryStore({"p/../x": b""}), plain(".", "p/"))
 
 

@@ -21,6 +21,7 @@ from shim.contract.errors import TaskStopped, UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, result_key, sign
 from shim.files.workspace import Workspace
+from shim.http.errors import RemoteError
 from shim.log.log import Log
 from shim.process.stopping import Stop
 from shim.runner.modes import Outcome
@@ -33,7 +34,7 @@ from shim.runner.task import (
     Runner,
 )
 from shim.s3.directory import DirectoryStore
-from shim.s3.errors import S3ClientError, ServiceError
+from shim.s3.errors import ServiceError
 
 KEY = b"key"
 
@@ -81,7 +82,7 @@ class BrokenStore(DirectoryStore):
 
     def _break(self, method: str) -> None:
         if method == self.broken:
-            raise S3ClientError(f"the {method} broke")
+            raise RemoteError(f"the {method} broke")
 
 
 @dataclass
@@ -232,7 +233,7 @@ def test_a_bucket_that_fails_is_the_platforms_failure(
 
 def test_a_result_that_cannot_be_left_is_not_passed_over(bench: Bench) -> None:
     bench.store.broken = "put"
-    with pytest.raises(S3ClientError):
+    with pytest.raises(RemoteError):
         bench.runner.run_task(bench.task())
 
 

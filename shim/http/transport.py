@@ -19,16 +19,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shim.files.exposure import find_exposure
-from shim.s3.errors import (
+from shim.http.connection import CONNECT_SECONDS, Connection, Request, Response
+from shim.http.errors import (
     Cancelled,
     CertificateError,
     SettingInvalid,
     StaleConnection,
     TransportError,
 )
-from shim.s3.http1 import CONNECT_SECONDS, Connection, Request, Response
-from shim.s3.urls import parse_proxy, parse_url
-from shim.s3.wire import Wire
+from shim.http.stream import Wire
+from shim.http.urls import parse_proxy, parse_url
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing import Any
     from urllib.request import OpenerDirector
 
-    from shim.s3.tls import TlsStream
+    from shim.http.tls import TlsStream
 
 RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and changes them
 KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
@@ -475,7 +475,7 @@ class Transport:
         """Shake hands with a host; outer: the stream to the proxy before it."""
         import ssl
 
-        from shim.s3.tls import TlsStream  # noqa: F811
+        from shim.http.tls import TlsStream  # noqa: F811
 
         wire.limit(seconds, f"TLS with {host}")
         try:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
+from shim.aws.errors import ProfileInvalid
 from shim.files.exposure import find_exposure
-from shim.s3.errors import ProfileInvalid
 
 MAX_FILE_BYTES = 1024 * 1024
 # By the variable that names another one.

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from shim.s3.tls import TlsStream
+from shim.http.tls import TlsStream
 from tests.s3_servers import make_certificate
 
 DATA = os.urandom(3 << 20)

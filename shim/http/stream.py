@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Callable
 
-from shim.s3.errors import Cancelled, TransportError
+from shim.http.errors import Cancelled, TransportError
 
 TICK_SECONDS = 1
 

@@ -17,16 +17,11 @@ from pathlib import Path
 import pytest
 
 from shim.files.exposure import ADVICE
+from shim.http.connection import Connection, Request, Response, never, parse_head
+from shim.http.errors import Cancelled, CertificateError, SettingInvalid, TransportError
+from shim.http.transport import PROXY_FORM, Proxies, Proxy, Transport, Trust
 from shim.s3.client import S3Client, connect
-from shim.s3.errors import (
-    Cancelled,
-    CertificateError,
-    ServiceError,
-    SettingInvalid,
-    TransportError,
-)
-from shim.s3.http1 import Connection, Request, Response, never, parse_head
-from shim.s3.transport import PROXY_FORM, Proxies, Proxy, Transport, Trust
+from shim.s3.errors import ServiceError
 from tests.fakes.s3_double import Exchange, Fault, Object, S3Double, drop, refuse
 from tests.s3_clients import REGION, build_harness, running_double
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY, make_certificate

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
+from shim.aws.errors import CredentialsFailed, NoCredentials
+from shim.aws.profiles import Profile
+from shim.aws.sigv4 import Credentials
+from shim.aws.sources import Fetch, Sources
 from shim.files.exposure import find_exposure
-from shim.s3.credential_sources import Fetch, Sources
-from shim.s3.errors import CredentialsFailed, NoCredentials, S3ClientError
-from shim.s3.profiles import Profile
-from shim.s3.sigv4 import Credentials
+from shim.http.errors import RemoteError
 
 # botocore credentials.py: _DEFAULT_ADVISORY_REFRESH_TIMEOUT, _DEFAULT_MANDATORY_REFRESH_TIMEOUT.
 ADVISORY = timedelta(minutes=15)
@@ -109,7 +110,7 @@ class CredentialProvider:
                 raise CredentialsFailed(
                     "Credentials were refreshed, but the refreshed credentials are still expired."
                 )
-        except S3ClientError as error:
+        except RemoteError as error:
             if expired:
                 raise
             self._paused_until = self._now() + PAUSE_AFTER_FAILURE

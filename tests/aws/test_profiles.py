@@ -11,9 +11,9 @@ import botocore.exceptions
 import botocore.session
 import pytest
 
+from shim.aws.errors import ProfileInvalid
+from shim.aws.profiles import MAX_FILE_BYTES, read_profile
 from shim.files.exposure import never_exposed
-from shim.s3.errors import ProfileInvalid
-from shim.s3.profiles import MAX_FILE_BYTES, read_profile
 from tests.support import UNPRIVILEGED_UID, needs_root
 
 CONFIG = """\
@@ -219,9 +219,9 @@ UNREADABLE = """
 import os, sys
 os.setgroups([]); os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)
 from datetime import UTC, datetime
-from shim.s3.credentials import credential_provider
-from shim.s3.errors import S3ClientError
-from shim.s3.profiles import read_profile
+from shim.aws.credentials import credential_provider
+from shim.http.errors import RemoteError
+from shim.aws.profiles import read_profile
 environ = dict(item.split("=", 1) for item in sys.argv[1:])
 profile = read_profile(environ)
 provider = credential_provider(
@@ -229,13 +229,13 @@ provider = credential_provider(
     now=lambda: datetime.now(UTC), log=print)
 try:
     provider.get()
-except S3ClientError as error:
+except RemoteError as error:
     print(error)
 """
 
 
 def find_as_another_user(*variables: str) -> str:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     argv = ["/usr/bin/python3", "-c", UNREADABLE, "AWS_EC2_METADATA_DISABLED=true", *variables]
     return subprocess.run(argv, cwd=root, capture_output=True, text=True, check=True).stdout
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shim.s3.errors import TransportError
-from shim.s3.xml import build_complete, parse, parse_page
+from shim.aws.xml import parse
+from shim.http.errors import TransportError
+from shim.s3.documents import build_complete, parse_page
 
 NAMESPACE = 'xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
 

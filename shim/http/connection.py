@@ -19,14 +19,14 @@ import sys
 import termios
 from collections.abc import Callable, Iterator, Mapping
 
-from shim.s3.errors import StaleConnection, TransportError
-from shim.s3.wire import TICK_SECONDS, Wire
+from shim.http.errors import StaleConnection, TransportError
+from shim.http.stream import TICK_SECONDS, Wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
-    from shim.s3.tls import TlsStream
+    from shim.http.tls import TlsStream
 
     class Body(Protocol):
         """The body of a request that is not held in memory."""

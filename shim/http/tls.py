@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
 
-    from shim.s3.wire import Wire
+    from shim.http.stream import Wire
 
 RECEIVED_BYTES = 1 << 20
 SENT_BYTES = 256 << 10

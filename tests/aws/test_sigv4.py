@@ -10,7 +10,7 @@ from botocore.awsrequest import AWSRequest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shim.s3.sigv4 import (
+from shim.aws.sigv4 import (
     EMPTY_PAYLOAD_HASH,
     UNSIGNED_PAYLOAD,
     Credentials,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from shim.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
+from shim.http.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
 from tests.support import free_port
 
 

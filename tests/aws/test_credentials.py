@@ -17,17 +17,12 @@ import botocore.session
 import botocore.utils
 import pytest
 
-from shim.s3.credentials import CredentialProvider, credential_provider
-from shim.s3.errors import (
-    CredentialsFailed,
-    NoCredentials,
-    S3ClientError,
-    SettingInvalid,
-    TransportError,
-)
-from shim.s3.profiles import read_profile
-from shim.s3.sigv4 import Credentials
-from shim.s3.transport import FetchResponse, Proxies, Transport, Trust
+from shim.aws.credentials import CredentialProvider, credential_provider
+from shim.aws.errors import CredentialsFailed, NoCredentials
+from shim.aws.profiles import read_profile
+from shim.aws.sigv4 import Credentials
+from shim.http.errors import RemoteError, SettingInvalid, TransportError
+from shim.http.transport import FetchResponse, Proxies, Transport, Trust
 from tests.fakes.container_credentials import (
     Answer,
     ContainerCredentials,
@@ -166,7 +161,7 @@ def assert_same_keys(environ: Mapping[str, str], access_key: str) -> None:
 
 
 def refusal(environ: Mapping[str, str]) -> str:
-    with pytest.raises(S3ClientError) as refused:
+    with pytest.raises(RemoteError) as refused:
         Ours(environ).provider.get()
     assert "hidden" not in str(refused.value)
     return str(refused.value)

@@ -23,15 +23,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
+from shim.aws.endpoints import is_true, resolve_sts_url
+from shim.aws.errors import CredentialsFailed
+from shim.aws.profiles import Profile
+from shim.aws.sigv4 import Credentials
+from shim.aws.xml import Element, parse
 from shim.files.exposure import find_exposure
+from shim.http.errors import SettingInvalid, TransportError
+from shim.http.transport import FetchResponse
+from shim.http.urls import Url, parse_url
 from shim.s3 import affinity
-from shim.s3.endpoints import is_true, resolve_sts_url
-from shim.s3.errors import CredentialsFailed, SettingInvalid, TransportError
-from shim.s3.profiles import Profile
-from shim.s3.sigv4 import Credentials
-from shim.s3.transport import FetchResponse
-from shim.s3.urls import Url, parse_url
-from shim.s3.xml import Element, parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

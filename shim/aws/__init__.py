@@ -1,0 +1,1 @@
+"""Who asks, and where: signatures, credentials, profiles, regions. It imports http and below."""
