@@ -32,7 +32,6 @@ from shim.files.exposure import find_exposure
 from shim.http.errors import SettingInvalid, TransportError
 from shim.http.transport import FetchResponse
 from shim.http.urls import Url, parse_url
-from shim.s3 import affinity
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -186,7 +185,6 @@ class Sources:
         return None
 
     def _run_process(self, command: str) -> Credentials:
-        affinity.spread()
         try:
             output = self.run_helper(shlex.split(command), HELPER_TIMEOUT_SECONDS)
         except (OSError, ValueError) as error:

@@ -6,8 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from shim.s3 import affinity
-
 LARGE_BYTES = 1 << 20
 SMALL_BYTES = 64 << 10
 LARGE_BUFFERS = 10
@@ -21,7 +19,6 @@ _lock = threading.Lock()
 def borrow_buffer() -> Iterator[memoryview]:
     """Lend a large buffer; a small one of its own when all of those are lent."""
     global _made
-    affinity.spread()
     buffer = None
     with _lock:
         if _large:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from shim.s3.affinity import Processors
-
 MOST_HELPERS = 11  # of one large object, beside the thread that has it: see shim.s3.pace
 STACK_BYTES = 512 << 10  # RLIMIT_DATA counts stacks, and the default is 8 MiB
 
@@ -37,7 +35,6 @@ class Crew:
         self._works: list[Work] = []
         self._threads = self._waiting = 0
         self._is_done = self._has_failed = False
-        self._processors = Processors()
         lock = threading.Lock()
         self._came, self._ended = threading.Condition(lock), threading.Condition(lock)
 
@@ -139,7 +136,6 @@ class Crew:
 
     def _help(self) -> None:
         while work := self._next():
-            self._processors.keep()
             self._call(work)
 
     def _next(self) -> Work | None:
