@@ -28,7 +28,7 @@ s3: download upload directory client transfer
 runner: modes invoke_mode inputs task runtime
 check: preflight
 serve: protocol service
-commands: rehearsal
+commands: job tasklist rehearsal invoke serve run check
 """
 
 

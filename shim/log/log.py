@@ -34,6 +34,7 @@ MAX_TASK_CHARACTERS = 255
 # Lines encoded and written at once: enough to be fast, few enough to need little memory.
 _BATCH_LINES = 2048
 
+LOG_FORMATS = ("json", "text")
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 
 _PREFIX = '{"log": '

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import select
 
 from shim.contract.errors import TaskStopped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
+
+    class HasFileno(Protocol):
+        def fileno(self) -> int: ...
 
 
 class Stop:
@@ -42,3 +47,11 @@ class Stop:
         """Raise TaskStopped when a stop was requested."""
         if self.requested:
             raise TaskStopped("The task was stopped before it finished")
+
+
+def wait_readable(*sources: HasFileno, seconds: float | None = None) -> bool:
+    """Block until one of the descriptors can be read, or for so long; say whether one can."""
+    poller = select.poll()
+    for source in sources:
+        poller.register(source.fileno(), select.POLLIN)
+    return bool(poller.poll(None if seconds is None else seconds * 1000))

@@ -1,0 +1,68 @@
+"""`check`: what would go wrong, before it does."""
+
+from __future__ import annotations
+
+import argparse
+
+from shim.commands import tasklist
+from shim.commands.job import connect_store
+from shim.log.log import LOG_FORMATS, Log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shim.contract.settings import Settings
+    from shim.contract.tasks import InferenceTask
+    from shim.process.stopping import Stop
+    from shim.s3.store import Store
+
+HELP = "say what would go wrong, before it does"
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add what this verb takes."""
+    tasklist.add_options(command)
+    command.add_argument(
+        "--read-only",
+        action="store_true",
+        help="do not try to write, and remove again, a small object where outputs go",
+    )
+    command.add_argument("--log-format", choices=LOG_FORMATS, help="as in run")
+    command.add_argument("cmd", nargs="*", metavar="CMD", help="as in run")
+
+
+def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
+    """Say what would go wrong; 0 when nothing certainly would."""
+    from shim.check import preflight
+
+    text, file = arguments.tasks, arguments.file
+    is_list_given = tasklist.is_given(arguments)
+
+    def connect(settings: Settings) -> Store:
+        # The metadata of a machine that is none of Amazon's keep us waiting.
+        limits = ("AWS_METADATA_SERVICE_TIMEOUT", "AWS_METADATA_SERVICE_NUM_ATTEMPTS")
+        brief = {name: "1" for name in limits if environ.get(name, "1").isdecimal()}
+        return connect_store(settings, {**environ, **brief}, Log(level="CRITICAL"), stop)
+
+    def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
+        return tasklist.parse(
+            tasklist.read_remote(file, store, stop)
+            if file and tasklist.is_remote(file)
+            else tasklist.read_local(text, file, stop)
+        )
+
+    log = Log(style=arguments.style)
+    findings = []
+    for finding in preflight.examine(
+        environ,
+        cmd=tuple(arguments.cmd),
+        connect=connect,
+        read_tasks=read_tasks if is_list_given else None,
+        is_read_only=arguments.read_only,
+    ):
+        stop.check()
+        preflight.tell(finding, log)
+        findings.append(finding)
+    preflight.tell_verdict(findings, log)
+    return int(any(finding.level == preflight.ERROR for finding in findings))

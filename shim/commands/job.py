@@ -1,0 +1,189 @@
+"""The parts of a process put together: settings, log, store, API method, runner."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+
+from shim.contract.command import child_environment
+from shim.contract.errors import InvalidSettings, UserSafeError
+from shim.contract.settings import RESULT_VARIABLES, VARIABLES, Settings
+from shim.contract.tasks import RuntimeSetupResult
+from shim.files.exposure import find_exposure, never_exposed
+from shim.files.workspace import Workspace
+from shim.frozen import carried_bundle, settle
+from shim.http.errors import RemoteError
+from shim.log.log import Log
+from shim.process.users import User, image_user, is_ourselves
+from shim.runner.modes import ExecMode
+from shim.runner.runtime import Runtime, leave_setup_result
+from shim.runner.task import Runner
+from shim.s3.store import LateStore
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.log.log import Style
+    from shim.process.stopping import Stop
+    from shim.runner.invoke_mode import InvokeMode
+    from shim.s3.store import Store
+
+EXPOSED_KEY_MESSAGE = (
+    "The signing key cannot be kept from a command that runs under the uid of this program: start "
+    "the container as root, and name another user in GRAND_CHALLENGE_COMPONENT_USER"
+)
+SETTINGS_MESSAGE = "The settings of the platform are not valid"
+
+
+class Job:
+    """The parts of one process, put together once the environment is known to be valid."""
+
+    def __init__(
+        self,
+        *,
+        environ: Mapping[str, str],
+        stop: Stop,
+        title: str,
+        settings: Settings | None = None,
+        store: Store | None = None,
+        style: Style = "json",
+    ) -> None:
+        self.settings = settings or read_settings(environ, stop)
+        self.log = Log(level=self.settings.log_level, style=style)
+        # Nothing but log lines may reach the standard streams.
+        for module, hook in ((threading, "excepthook"), (sys, "unraisablehook")):
+            setattr(module, hook, self._log_unhandled)
+        limit = self.settings.max_memory_mb
+        self.log.info(
+            f"Setting memory limit to {limit} MB" if limit else "Not setting a memory limit"
+        )
+        self.log.info(title)
+        for warning in self.settings.warnings:
+            self.log.warning(warning)
+        # With a store of our own there is nobody whom a signature has to convince.
+        if store is None and self.settings.signing_key and is_ourselves(self.settings.user):
+            self.log.warning(EXPOSED_KEY_MESSAGE)
+        self._late = LateStore(lambda: connect_store(self.settings, environ, self.log, stop))
+        # It passes on whatever a store is asked for.
+        self.store: Store = store or self._late
+        if store is None and self.settings.names_objects:
+            self._late.connect()
+        mode = mode_of(self.settings)(
+            settings=self.settings,
+            environ=environ,
+            log=self.log,
+            stop=stop,
+            clock=time.monotonic,
+            # What a store reads to be connected, the user's code could write.
+            before_start=self._late.connect if store is None else lambda: None,
+        )
+        self.runner = Runner(
+            settings=self.settings,
+            store=self.store,
+            mode=mode,
+            workspace=Workspace(
+                input_path=self.settings.input_path,
+                output_path=self.settings.output_path,
+                linked_input_parent=(
+                    self.settings.linked_input_parent if self.settings.use_linked_input else None
+                ),
+                log=self.log,
+            ),
+            log=self.log,
+            stop=stop,
+            keep_outputs_on_failure=store is not None,  # of somebody who can look at them
+        )
+        self._runtime = Runtime(
+            settings=self.settings, store=self.store, mode=mode, log=self.log, stop=stop
+        )
+
+    def _log_unhandled(self, failure: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
+        error = failure.exc_value or failure.exc_type()
+        self.log.exception("An exception was not handled", error)
+
+    def complete(self) -> None:
+        """Do what the first answer to /ping need not wait for."""
+        settle()
+        self._late.connect()
+
+    @contextmanager
+    def ready(self) -> Iterator[bool]:
+        """Make ready for tasks, say whether that succeeded, and clean up at the end."""
+        try:
+            yield self._runtime.setup()
+        finally:
+            self._runtime.teardown()
+            self.store.close()
+
+
+def mode_of(settings: Settings) -> type[ExecMode | InvokeMode]:
+    """Return the class of the API method that is set."""
+    if settings.api_method != "invoke":
+        return ExecMode
+    from shim.runner.invoke_mode import InvokeMode  # noqa: F811
+
+    return InvokeMode
+
+
+def read_settings(environ: Mapping[str, str], stop: Stop) -> Settings:
+    """Read the environment; what is wrong with it is also left as the result of the set-up."""
+    try:
+        return Settings.from_environ(environ)
+    except InvalidSettings:
+        with suppress(InvalidSettings, RemoteError):
+            _leave_refusal(environ, stop)
+        raise
+
+
+def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
+    """Leave a result with the variables that this takes, if they are valid by themselves."""
+    needed = {name: environ[name] for name in RESULT_VARIABLES if name in environ}
+    # Whatever it is: who the command runs as decides which files count.
+    user = environ.get(VARIABLES["user"].name, "")
+    settings = replace(Settings.from_environ(needed), user=user)
+    if settings.runtime_output_bucket_name is not None:
+        log = Log(level=settings.log_level)
+        result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
+        store = connect_store(settings, environ, log, stop)
+        leave_setup_result(settings, store, result, log)
+
+
+def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop: Stop) -> Store:
+    """Return the object storage that the environment names."""
+    from shim.process.process import run_helper
+    from shim.s3.client import connect
+
+    user = _find_command_user(settings)
+
+    def run_as_command(argv: list[str], timeout_seconds: float) -> bytes:
+        if user is None:
+            raise OSError("the image's user, as whom it would run, is not known")
+        env = child_environment(environ, home=user.home)
+        return run_helper(argv, env, timedelta(seconds=timeout_seconds), user=user)
+
+    has_our_rights = user is not None and user.uid in (None, os.geteuid())
+    return connect(
+        environ,
+        concurrency=settings.async_concurrency,
+        max_connections=settings.boto_max_pool_connections,
+        log=lambda level, message: log.lines([message], level=level, internal=True, task=None),
+        run_helper=run_as_command,
+        cancelled=lambda: stop.requested,
+        carried_bundle=carried_bundle(),
+        exposure=never_exposed if has_our_rights else find_exposure,
+    )
+
+
+def _find_command_user(settings: Settings) -> User | None:
+    """Return as whom the command runs, None when nobody knows; without root, it is ourselves."""
+    if os.geteuid() != 0:
+        return User()
+    try:
+        return image_user(settings.user, set_extra_groups=settings.set_extra_groups)
+    except UserSafeError:
+        return None

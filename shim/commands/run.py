@@ -1,0 +1,127 @@
+"""`run`: one task on local directories, as the platform would run it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from shim.commands.job import Job
+from shim.contract.durations import format_duration
+from shim.contract.errors import UsageError
+from shim.contract.settings import Settings
+from shim.contract.tasks import InferenceTask, result_key
+from shim.files.locks import exclusive
+from shim.http.errors import RemoteError
+from shim.log.log import LOG_FORMATS, Log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from shim.process.stopping import Stop
+    from shim.s3.store import Store
+
+HELP = "run one task on local directories, without AWS"
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add what this verb takes."""
+    command.add_argument(
+        "--input", type=Path, required=True, metavar="DIR", help="the task's inputs"
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="for its outputs"
+    )
+    command.add_argument("--timeout", metavar="T", help="time limit: seconds, PT1H30M or 01:30:00")
+    command.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        help="json lines as on the platform, or text (default: text on a terminal)",
+    )
+    command.add_argument(
+        "cmd", nargs="*", metavar="CMD", help="the command, after --; default: the image's"
+    )
+
+
+def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
+    """Run one task on local directories as the platform would; 0 when it succeeded."""
+    from shim.commands.rehearsal import (
+        PATH_VARIABLES,
+        Found,
+        holds_something,
+        plan_rehearsal,
+        restoring,
+        task_paths,
+    )
+    from shim.s3.directory import DirectoryStore
+
+    with _scratch(Log(style=arguments.style)) as scratch:
+        plan = plan_rehearsal(
+            Settings.from_environ(environ),
+            input_directory=arguments.input,
+            output_directory=arguments.output,
+            timeout=arguments.timeout,
+            cmd=tuple(arguments.cmd),
+            scratch=scratch,
+        )
+        arguments.take_signals(stop)
+        store = DirectoryStore.from_buckets(plan.buckets)
+        refuse_unwritable(store, plan.task, arguments.output)
+        job = Job(
+            environ={**environ, **plan.variables},
+            stop=stop,
+            title=f"Running a task from {arguments.input} to {arguments.output}",
+            settings=plan.settings,
+            store=store,
+            style=arguments.style,
+        )
+        if holds_something(arguments.output):
+            job.log.warning(f"{arguments.output} is not empty: what it holds stays in it")
+        if plan.variables:
+            job.log.warning(
+                "Without root, the directories of the command are elsewhere: it finds its inputs "
+                f"in ${PATH_VARIABLES[0]} and puts its outputs into ${PATH_VARIABLES[1]}"
+            )
+        found = [Found.look(path) for path in task_paths(plan.settings)]
+        with exclusive(job.settings, job.log), restoring(found), job.ready() as is_ready:
+            result = job.runner.run_task(plan.task) if is_ready else None
+    if result is None:
+        return 1
+    took = "" if result.exec_duration is None else f" after {format_duration(result.exec_duration)}"
+    job.log.info(
+        f"Return code {result.return_code}{took}, {len(result.outputs)} outputs in "
+        f"{arguments.output}, result in {arguments.output}/{result_key('/')[1:]}"
+    )
+    return int(result.return_code != 0)
+
+
+def refuse_unwritable(store: Store, task: InferenceTask, output: Path) -> None:
+    """Find out before the run whether its outputs and its result can be stored."""
+    place = result_key(task.output_prefix).rpartition("/")[0]
+    try:
+        store.probe(task.output_bucket_name, f"{place}/")
+    except RemoteError as error:
+        raise UsageError(f"--output {output}: {error}") from error
+
+
+@contextmanager
+def _scratch(log: Log) -> Iterator[Path | None]:
+    """Give a place for /input and /output to those who cannot make them."""
+    if os.geteuid() == 0:
+        yield None
+        return
+    from shutil import rmtree
+    from tempfile import mkdtemp
+
+    scratch = Path(mkdtemp(prefix="sagemaker-shim-"))
+    try:
+        yield scratch
+    finally:
+        # Outputs that could not be stored are kept, whatever name they had for the command.
+        outputs = scratch / "output"
+        if outputs.is_dir() and any(outputs.iterdir()):
+            log.error(f"What could not be stored is in {outputs}")
+        else:
+            rmtree(scratch, ignore_errors=True)
