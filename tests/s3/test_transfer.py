@@ -344,15 +344,19 @@ def test_a_server_that_tells_too_late_that_it_ignores_ranges_is_read_once_more(
     double: S3Double, harness: Harness, tmp_path: Path
 ) -> None:
     body = store(double, 30 * PART)
-    is_through = threading.Event()
+    is_asked, is_through = threading.Event(), threading.Event()
 
     def answer_first(exchange: Exchange) -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
         with suppress(OSError):  # the parts of others are not read
-            exchange.answer()
+            exchange.wfile.write(head.encode() + body[: PART + 1])
+            is_asked.wait(10)
+            exchange.wfile.write(body[PART + 1 :])
         is_through.set()
 
     def answer_last(exchange: Exchange) -> None:
         if "range" in exchange.fields:
+            is_asked.set()
             is_through.wait(10)
         with suppress(OSError):
             ignore("range")(exchange)
