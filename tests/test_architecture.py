@@ -124,6 +124,34 @@ def test_only_the_command_line_reads_the_process(name: str) -> None:
     assert set() == used & {"os.environ", "os.getenv", "os.environb", "sys.argv", "sys.exit"}
 
 
+# Lines of a room, with what they are for; to raise one is a decision.
+BUDGETS = {
+    "contract": 1200,  # every variable and member of a task, with its sentence
+    "log": 430,
+    "process": 2100,  # half of it ends what hostile commands leave behind
+    "files": 1500,  # a third of it reads archives that others wrote
+    "http": 1450,
+    "aws": 1200,
+    "s3": 2650,  # half of it moves large and many objects
+    "runner": 1100,
+    "check": 580,
+    "serve": 680,
+    "commands": 900,
+}
+
+
+@pytest.mark.parametrize("room", BUDGETS)
+def test_a_room_keeps_within_its_lines(room: str) -> None:
+    files = (PACKAGE / room).glob("*.py")
+    assert BUDGETS[room] >= sum(len(path.read_text().splitlines()) for path in files)
+
+
+def test_every_room_has_a_budget() -> None:
+    assert list(BUDGETS) == list(
+        dict.fromkeys(line.split(":")[0] for line in ROOMS.split("\n")[1:-1])
+    )
+
+
 def test_the_distribution_requires_nothing() -> None:
     assert "install_requires" not in (PACKAGE.parent / "setup.cfg").read_text().replace(
         "under install_requires", ""

@@ -11,6 +11,7 @@ from shim.cli import COMMAND_SIGNALS, STOP_SIGNALS, build_parser
 from shim.contract.settings import PREFIX, VARIABLES
 from shim.contract.tasks import InferenceResult, parse_tasks
 from shim.log.log import encode_lines
+from tests.test_architecture import BUDGETS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -69,6 +70,11 @@ def test_the_example_task_list_is_valid() -> None:
     assert example
     (task,) = parse_tasks(example[1].encode())
     assert ("case-1", 1800) == (task.pk, task.timeout.total_seconds() if task.timeout else 0)
+
+
+def test_every_room_is_listed_in_the_order_of_imports() -> None:
+    rooms = re.findall(r"^\| `(\w+)` \| .+ \|$", README.split("| room |")[1], flags=re.MULTILINE)
+    assert list(BUDGETS) == rooms
 
 
 def test_every_signal_is_listed() -> None:

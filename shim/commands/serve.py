@@ -26,6 +26,7 @@ LEAVE_SECONDS = 12.0
 ANSWER_SECONDS = 2.0
 # After the start, for the first answers to /ping to be quick; a task does not wait for it.
 QUIET_SECONDS = 1.0
+WATCH_SECONDS = 1.0
 HELP = "answer SageMaker on port 8080"
 
 
@@ -64,8 +65,9 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
         with exclusive(job.settings, job.log), job.ready() as is_ready:
             if is_ready:
                 service.open()
-                while not wait_readable(stop, service, seconds=QUIET_SECONDS):
+                if not wait_readable(stop, service, seconds=QUIET_SECONDS):
                     job.complete()
+                while not wait_readable(stop, service, seconds=WATCH_SECONDS):
                     service.notice_death()
                 service.close(timeout_seconds=LEAVE_SECONDS)
     except (TaskStopped, RemoteError):
