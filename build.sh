@@ -89,15 +89,16 @@ ensure_oracles() {
 
 # Run the tests on each interpreter: every one that is present in CI, the first one elsewhere.
 run_tests() {
-  local pythons python environment binary=()
+  local pythons python environment once=()
   pythons=$(interpreters "${CI:+all}")
   ensure_debian openssl util-linux e2fsprogs mount procps busybox-static gcc libc6-dev musl-tools podman runc
   for python in $pythons; do
     environment=$(ensure_environment "$python" test)
     ensure_oracles "$environment"
     say "testing with $("$environment/bin/python" --version)"
-    "$environment/bin/python" -m pytest -n "${WORKERS:-4}" --dist loadfile "${binary[@]}" "$@"
-    binary=(--ignore tests/test_binary.py --ignore tests/test_containers.py)  # is the same for all
+    "$environment/bin/python" -m pytest -n "${WORKERS:-4}" --dist loadfile "${once[@]}" "$@"
+    # The binary is the same for all; from end to end the zipapp is run by the last of them.
+    once=(--ignore tests/test_binary.py --ignore tests/test_containers.py --ignore tests/e2e)
   done
   [ $# -gt 0 ] || test_frozen "$environment"
 }

@@ -905,7 +905,7 @@ def test_tar_on_a_file_system_that_knows_no_owners_warns_unless_the_user_cannot_
     """As on EFS and SMB: a process without the capabilities meets the same errors."""
     data = make_tar((member("a", mode=mode), b"x"), (member("d/b", mode=0o644), b"y"))
     program = (
-        "import os, sys; from shim import archives; from shim.process.users import User;"
+        "import os, sys; from shim.files import archives; from shim.process.users import User;"
         f"archives.extract_tar(sys.stdin.buffer, os.open({str(dest)!r}, 0),"
         f" user=User(uid={UNPRIVILEGED_UID}, gid=12), warn=print)"
     )
