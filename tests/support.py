@@ -55,3 +55,25 @@ def signal_set(mask: str) -> set[int]:
     """
     bits = int(mask, 16)
     return {number for number in range(1, 65) if bits >> (number - 1) & 1} - {32, 33}
+
+
+# Hundreds of processes that do nothing but fork, leave their session, and end: who looks at /proc
+# finds hardly anybody at home.
+STORM = """
+import os, resource, sys
+COUNT = 400
+resource.setrlimit(resource.RLIMIT_NPROC, (COUNT, COUNT))
+for _ in range(COUNT):
+    try:
+        if os.fork() == 0:
+            while True:
+                try:
+                    if os.fork():
+                        os._exit(0)
+                    os.setsid()
+                except OSError:
+                    pass
+    except OSError:
+        break
+print("ready", flush=True)
+"""

@@ -22,7 +22,15 @@ import pytest
 from shim.cli import COMMAND_SIGNALS, NO_THREADS_MESSAGE, STOP_SIGNALS
 from tests.e2e.platform import SIGNING_KEY, Finished, P, Platform, finish
 from tests.e2e.test_serve import serving
-from tests.support import UNPRIVILEGED_UID, can_unshare, free_port, needs_root, poll, signal_set
+from tests.support import (
+    STORM,
+    UNPRIVILEGED_UID,
+    can_unshare,
+    free_port,
+    needs_root,
+    poll,
+    signal_set,
+)
 
 STOPPED = "The task was stopped before it finished"
 
@@ -104,23 +112,6 @@ def test_a_fork_bomb_under_a_limit_is_ended(supervised: Platform) -> None:
     assert [] == owned
 
 
-# Hundreds of processes that do nothing but fork, leave their session, and end.
-STORM = """
-import os, resource
-resource.setrlimit(resource.RLIMIT_NPROC, (500, 500))
-for _ in range(500):
-    try:
-        if os.fork() == 0:
-            while True:
-                try:
-                    if os.fork():
-                        os._exit(0)
-                    os.setsid()
-                except OSError:
-                    pass
-    except OSError:
-        break
-"""
 BELOW_INIT = [*AS_PID_1, "sh", "-c", '"$@"; exit $?', "init"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from shim.process import killer
 from shim.process.descendants import Stat
-from tests.support import can_unshare, needs_root
+from tests.support import STORM, can_unshare, needs_root
 
 needs_namespaces = pytest.mark.skipif(
     not can_unshare(), reason="needs util-linux's unshare and the right to make PID namespaces"
@@ -102,27 +102,6 @@ def in_namespace(program: str, *wrapper: str) -> list[str]:
 
 BELOW_INIT = ("sh", "-c", '"$@"; exit $?', "init")
 BESIDE_ANOTHER = ("sh", "-c", f'setpriv --reuid {USER} --clear-groups sleep 600 & "$@"', "init")
-
-
-# Each waits for another, so that who looks at /proc finds hardly anybody at home.
-STORM = """
-import os, resource, sys
-COUNT = 400
-resource.setrlimit(resource.RLIMIT_NPROC, (COUNT, COUNT))
-for _ in range(COUNT):
-    try:
-        if os.fork() == 0:
-            while True:
-                try:
-                    if os.fork():
-                        os._exit(0)
-                    os.setsid()
-                except OSError:
-                    pass
-    except OSError:
-        break
-print("ready", flush=True)
-"""
 
 
 @needs_root
