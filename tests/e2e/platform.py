@@ -151,7 +151,9 @@ class Platform:
     def leave_root(self) -> None:
         """Have the shim run by somebody else than root, who can reach it and owns the job."""
         checkout = self.root / "checkout"
-        shutil.copytree(ROOT / "shim", checkout / "shim")
+        leave_out = shutil.ignore_patterns("__pycache__")  # others write there meanwhile
+        shutil.copytree(ROOT / "shim", checkout / "shim", ignore=leave_out)
+        reasons = []
         self.environ["PYTHONPATH"] = str(checkout)
         for path in (self.root, *self.root.rglob("*")):
             os.chown(path, UNPRIVILEGED_UID, UNPRIVILEGED_UID)
@@ -163,10 +165,15 @@ class Platform:
                 "group": UNPRIVILEGED_UID,
                 "extra_groups": [],
             }
-            with suppress(PermissionError):
-                if self.run("--version").code == 0:
+            try:
+                done = self.run("--version")
+            except PermissionError as error:
+                reasons.append(str(error))
+            else:
+                if done.code == 0:
                     return
-        pytest.skip("needs a shim that everybody can run, such as Debian's python3 for it")
+                reasons.append(done.stderr)
+        pytest.skip(f"needs a shim that everybody can run, such as Debian's python3: {reasons}")
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(

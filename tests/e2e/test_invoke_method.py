@@ -139,7 +139,7 @@ def test_a_server_that_never_becomes_healthy_fails_the_setup(
 
 def test_a_server_on_another_port_is_told_which_one_is_expected(platform: Platform) -> None:
     port = serve_tasks(platform, "other-port")
-    platform.set(START_AND_HEALTH_TIMEOUT_SECONDS=3)
+    platform.set(START_AND_HEALTH_TIMEOUT_SECONDS=8)
     job = platform.invoke(platform.task())
     message = platform.setup_result()["user_safe_error_message"]
     sentence = f"It is expected to listen on port {port}; the command listens on {port + 1}."
