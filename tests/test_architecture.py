@@ -25,7 +25,7 @@ http: errors urls stream tls connection transport loopback
 aws: errors sigv4 profiles xml endpoints sources credentials
 s3: errors checksums endpoints documents retries crew buffers store operations pace
 s3: download upload directory client transfer
-runner: modes invoke_mode inputs task runtime
+runner: modes invoke_mode inputs results task runtime
 check: preflight
 serve: protocol service
 commands: job tasklist rehearsal invoke serve run check

@@ -22,7 +22,7 @@ from shim.log.log import Log
 from shim.process.stopping import Stop
 from shim.process.users import image_user
 from shim.runner.modes import Mode
-from shim.runner.task import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
+from shim.runner.results import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

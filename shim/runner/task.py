@@ -16,20 +16,14 @@ from functools import partial
 
 from shim.contract.errors import ShimError, TaskStopped, UserSafeError
 from shim.contract.settings import Settings
-from shim.contract.tasks import (
-    SIGNATURE_METADATA,
-    InferenceIO,
-    InferenceResult,
-    InferenceTask,
-    result_key,
-    sign,
-)
+from shim.contract.tasks import InferenceIO, InferenceResult, InferenceTask, result_key
 from shim.files.workspace import Workspace
 from shim.http.errors import RemoteError
 from shim.log.log import Log
 from shim.process.stopping import Stop
 from shim.process.users import image_user
 from shim.runner.modes import Mode, Outcome
+from shim.runner.results import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, build_result, put_signed
 from shim.s3.errors import FileChanged
 
 TYPE_CHECKING = False
@@ -37,8 +31,6 @@ if TYPE_CHECKING:
     from shim.s3.store import Store
     from shim.s3.transfer import Transfers, Upload
 
-STOPPED_MESSAGE = "The task was stopped before it finished"
-UNEXPECTED_MESSAGE = "An unexpected error occurred"
 DOWNLOAD_MESSAGE = "The inputs of the task could not be downloaded"
 UPLOAD_MESSAGE = "The outputs of the task could not be uploaded"
 
@@ -123,7 +115,7 @@ class Runner:
             self._log.error(outcome.user_safe_error_message, internal=False, task=task.pk)
         is_clean = self._clean(task, keep_outputs=keep_outputs)
         self._is_healthy = self._is_healthy and is_clean and outcome.is_healthy
-        result = _build_result(task, outcome, outputs)
+        result = build_result(task, outcome, outputs)
         self._leave(task, result)
         self._log.info(f"Task {task.pk} complete, return code {result.return_code}")
         if failure is None or isinstance(failure, UserSafeError):
@@ -236,23 +228,3 @@ class Runner:
             concurrency=self._settings.async_concurrency,
             cancelled=lambda: self._stop.requested,
         )
-
-
-def put_signed(store: Store, bucket: str, key: str, body: bytes, signing_key: bytes) -> None:
-    """Put a result with its signature as metadata, retried harder than anything else."""
-    metadata = {SIGNATURE_METADATA: sign(body, signing_key)}
-    store.put(bucket, key, body, metadata=metadata, persistent=True)
-
-
-def _build_result(
-    task: InferenceTask, outcome: Outcome, outputs: tuple[InferenceIO, ...]
-) -> InferenceResult:
-    return InferenceResult(
-        pk=task.pk,
-        return_code=outcome.return_code,
-        user_safe_error_message=outcome.user_safe_error_message,
-        user_process_last_stderr_lines=outcome.last_stderr_lines,
-        exec_duration=outcome.exec_duration,
-        invoke_duration=outcome.invoke_duration,
-        outputs=outputs,
-    )

@@ -25,10 +25,9 @@ from shim.http.errors import RemoteError
 from shim.log.log import Log
 from shim.process.stopping import Stop
 from shim.runner.modes import Outcome
+from shim.runner.results import STOPPED_MESSAGE, UNEXPECTED_MESSAGE
 from shim.runner.task import (
     DOWNLOAD_MESSAGE,
-    STOPPED_MESSAGE,
-    UNEXPECTED_MESSAGE,
     UPLOAD_MESSAGE,
     PlatformFailure,
     Runner,
