@@ -115,13 +115,15 @@ def _scratch(log: Log) -> Iterator[Path | None]:
     from shutil import rmtree
     from tempfile import mkdtemp
 
+    from shim.commands.rehearsal import holds_something
+
     scratch = Path(mkdtemp(prefix="sagemaker-shim-"))
     try:
         yield scratch
     finally:
         # Outputs that could not be stored are kept, whatever name they had for the command.
         outputs = scratch / "output"
-        if outputs.is_dir() and any(outputs.iterdir()):
+        if holds_something(outputs):
             log.error(f"What could not be stored is in {outputs}")
         else:
             rmtree(scratch, ignore_errors=True)
