@@ -42,7 +42,8 @@ COMMAND_SIGNALS = {
     signal.SIGWINCH,
     *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
 }
-# What would end us, but for the kernel's answers to mistakes of ours.
+# What would end us. The kernel's answers to mistakes of ours, such as SEGV, end us all the same: of
+# those it heeds no mask. Of PIPE and XFSZ a failed write tells.
 STOP_SIGNALS = {
     signal.SIGTERM,
     signal.SIGINT,
@@ -53,11 +54,15 @@ STOP_SIGNALS = {
     signal.SIGVTALRM,
     signal.SIGPROF,
     signal.SIGIO,
-    signal.SIGPIPE,
     signal.SIGPWR,
     signal.SIGSTKFLT,
     signal.SIGXCPU,
-    signal.SIGXFSZ,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGTRAP,
+    signal.SIGSYS,
 }
 # Whatever started us may have these ignored, as shells do for what they put in the background.
 NEVER_IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
@@ -178,7 +183,7 @@ def take_signals(stop: Stop) -> None:
     signals = {
         signum
         for signum in STOP_SIGNALS | COMMAND_SIGNALS
-        # By nohup HUP is ignored, by Python PIPE and XFSZ, which are errors of write(2) for us.
+        # By nohup HUP is ignored.
         if signum in NEVER_IGNORED or signal.getsignal(signum) != signal.SIG_IGN
     }
 

@@ -225,3 +225,11 @@ def test_the_reason_goes_nowhere_else(tmp_path: Path, kind: str) -> None:
     cli.write_failure("reason", path)
     assert "dear" == dear.read_text()
     assert kind == "directory" or (path.is_file() and "reason" == path.read_text())
+
+
+def test_a_fault_of_our_own_ends_us_although_its_signal_is_taken() -> None:
+    program = (
+        "import ctypes; from shim.cli import take_signals; from shim.process.stopping import Stop;"
+        "take_signals(Stop()); ctypes.string_at(0)"
+    )
+    assert -signal.SIGSEGV == subprocess.run([sys.executable, "-c", program]).returncode
