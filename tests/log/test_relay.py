@@ -368,3 +368,10 @@ def test_finish_may_be_called_twice_and_without_start() -> None:
     with pytest.raises(BrokenPipeError):
         os.write(writer, b"x")
     os.close(writer)
+
+
+def test_a_line_that_was_left_unfinished_long_ago_is_not_kept() -> None:
+    kept = relay_module._KeptLines()
+    kept.add("long ago")
+    kept.add("x\n" * (relay_module.MAX_KEPT_LINES + 5))
+    assert ("x\n",) * relay_module.MAX_KEPT_LINES == kept.lines()

@@ -361,3 +361,8 @@ print("ready" if ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), 0, 0) == 0 e
       flush=True)
 time.sleep(1.5)
 """
+
+
+def test_a_helper_that_writes_without_end_is_refused() -> None:
+    with pytest.raises(OSError, match="wrote too much"):
+        run_helper(["sh", "-c", "yes"], dict(os.environ), timedelta(seconds=30))

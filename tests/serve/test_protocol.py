@@ -834,3 +834,20 @@ def test_garbage_is_survived(service: Service, garbage: bytes) -> None:
     assert received == b"" or received.startswith(b"HTTP/1.1 ")
     assert service.ask(PING).status == 200
     assert [line for line in service.log_lines() if line["level"] == "ERROR"] == []
+
+
+def test_an_answer_to_head_ends_with_its_head(serve: Serve) -> None:
+    service = serve()
+    with service.connect() as connection:
+        connection.sendall(b"HEAD /none HTTP/1.1\r\nConnection: close\r\n\r\n")
+        received = receive_all(connection)
+    assert received.startswith(b"HTTP/1.1 404 ") and received.endswith(b"\r\n\r\n")
+    assert b"Content-Length: 0" not in received
+
+
+def test_a_chunk_that_is_longer_than_its_size_is_refused(serve: Serve) -> None:
+    service = serve()
+    head = b"POST /invocations HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    response = service.ask(head + b"2\r\n{}XX0\r\n\r\n")
+    assert (400, "A chunk is longer than its size") == (response.status, response.detail)
+    assert [] == service.application.bodies
