@@ -18,8 +18,8 @@ PACKAGE = Path(shim.__file__).parent
 ROOMS = """
 contract: errors durations fields uri tasks settings command
 log: log relay
-process: stopping privacy users executables scripts descendants killer ipc launch process sockets
-process: namespaces
+process: stopping libc privacy users executables scripts descendants killer ipc launch process
+process: sockets namespaces
 files: workspace locks archives exposure
 http: errors urls stream tls connection transport loopback
 aws: errors sigv4 profiles xml endpoints sources credentials

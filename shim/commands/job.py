@@ -184,6 +184,6 @@ def _find_command_user(settings: Settings) -> User | None:
     if os.geteuid() != 0:
         return User()
     try:
-        return image_user(settings.user, set_extra_groups=settings.set_extra_groups)
+        return image_user(settings)
     except UserSafeError:
         return None

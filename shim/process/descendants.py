@@ -23,6 +23,8 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 
+from shim.process.privacy import find_prctl
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -51,12 +53,7 @@ def adopt_orphans() -> None:
         if _is_adopting:
             return
         _is_adopting = True
-    with suppress(Exception):  # an odd build without _ctypes, or a sandbox
-        import _ctypes  # the ctypes package would cost more than all else here
-
-        program = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # dlopen(3) takes NULL
-        prctl = _ctypes.dlsym(program, "prctl")
-        _ctypes.call_function(prctl, (_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+    find_prctl()(_PR_SET_CHILD_SUBREAPER, 1)
     with suppress(RuntimeError):  # no more threads: end() reaps too
         threading.Thread(target=_reap_for_ever, name="reaper", daemon=True).start()
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from shim.process import descendants
 from shim.process.killer import take_place
+from shim.process.libc import find_function
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import NoReturn
 
 _TABLES = Path("/proc/sysvipc")
@@ -47,11 +48,8 @@ class Objects:
         if not new:
             return
         with suppress(Exception):  # an odd build without _ctypes, or no room for a process
-            import _ctypes  # as in shim.process.descendants
-
-            program = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # dlopen(3) takes NULL
             calls = [
-                (_ctypes.dlsym(program, function), (number, *command))
+                (find_function(function), (number, *command))
                 for kind, function, command in _KINDS
                 for found, number in new
                 if found == kind
@@ -63,13 +61,11 @@ class Objects:
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
-def _remove(uid: int, calls: list[tuple[int, tuple[int, ...]]]) -> NoReturn:
-    import _ctypes
-
+def _remove(uid: int, calls: list[tuple[Callable[..., int], tuple[int, ...]]]) -> NoReturn:
     try:
         take_place(uid)
         for function, arguments in calls:
-            _ctypes.call_function(function, arguments)
+            function(*arguments)
     finally:
         os._exit(0)
 

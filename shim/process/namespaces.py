@@ -13,6 +13,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from shim.process.libc import find_function
+
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000  # linux/sched.h
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 0x40000  # linux/mount.h
 _MNT_DETACH = 2
@@ -96,8 +98,5 @@ def _mount(source: Path, target: Path, flags: int, kind: str | None = None) -> N
 
 def _call(name: str, *arguments: object) -> None:
     """Call a function of the C library that returns 0 on success."""
-    import _ctypes  # the ctypes package would cost more than all else here
-
-    program = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # dlopen(3) takes NULL
-    if _ctypes.call_function(_ctypes.dlsym(program, name), arguments) != 0:
+    if find_function(name)(*arguments) != 0:
         raise OSError(f"{name}{arguments} failed")

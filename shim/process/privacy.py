@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 
+from shim.process.libc import find_function
+
 _PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38  # linux/prctl.h
 _SECRET = b"grand_challenge_"
 # proc(5): fields 50 and 51 of /proc/PID/stat, counted from the third, which follows the name.
@@ -26,14 +28,10 @@ def find_prctl() -> Callable[[int, int], bool]:
     What it returns may be called between fork and exec.
     """
     try:
-        import _ctypes  # the ctypes package would cost more than all else here
-
-        program = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]  # dlopen(3) takes NULL
-        address = _ctypes.dlsym(program, "prctl")
-        call = _ctypes.call_function
+        prctl = find_function("prctl")
     except Exception:  # an odd build without _ctypes
         return lambda option, value: False
-    return lambda option, value: call(address, (option, value, 0, 0, 0)) == 0
+    return lambda option, value: prctl(option, value, 0, 0, 0) == 0
 
 
 @cache

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
         def fileno(self) -> int: ...
 
 
+STOPPED_MESSAGE = "The task was stopped before it finished"
+
+
 class Stop:
     """A request that is made once, never taken back, and that poll(2) can wait for.
 
@@ -46,7 +49,7 @@ class Stop:
     def check(self) -> None:
         """Raise TaskStopped when a stop was requested."""
         if self.requested:
-            raise TaskStopped("The task was stopped before it finished")
+            raise TaskStopped(STOPPED_MESSAGE)
 
 
 def wait_readable(*sources: HasFileno, seconds: float | None = None) -> bool:

@@ -13,6 +13,10 @@ from pathlib import Path
 
 from shim.contract.errors import UserSafeError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from shim.contract.settings import Settings
+
 PASSWD = Path("/etc/passwd")
 GROUP = Path("/etc/group")
 
@@ -78,10 +82,10 @@ def find_user(user: str, *, passwd: Path, group: Path) -> User:
     return replace(found, gid=gid, groups=(gid, *sorted(memberships - {gid})))
 
 
-def image_user(user: str, *, set_extra_groups: bool) -> User:
+def image_user(settings: Settings) -> User:
     """Resolve the image's USER, with the groups that its processes get."""
-    found = resolve_user(user)
-    return found if set_extra_groups else replace(found, groups=())
+    found = resolve_user(settings.user)
+    return found if settings.set_extra_groups else replace(found, groups=())
 
 
 def _find_user(wanted: str, passwd: Path) -> User:

@@ -121,7 +121,7 @@ class Inputs:
     def bring(self, transfers: Transfers) -> bool:
         """Download and unpack everything; return whether there is any file.
 
-        Raises UserSafeError, S3ClientError, OSError, and TaskStopped.
+        Raises UserSafeError, RemoteError, OSError, and TaskStopped.
         """
         try:
             self._claim_named()

@@ -96,7 +96,7 @@ def resolve_spec(settings: Settings, environ: Mapping[str, str]) -> ProcessSpec:
     from shim.process.launch import ProcessSpec
 
     argv = resolve_argv(entrypoint=settings.entrypoint, cmd=settings.cmd)
-    user = image_user(settings.user, set_extra_groups=settings.set_extra_groups)
+    user = image_user(settings)
     return ProcessSpec(
         argv=argv,
         env=child_environment(environ, home=user.home),

@@ -1,4 +1,4 @@
-"""What tasks and the set-up leave behind: sentences that both use, and the signed documents."""
+"""What tasks and the set-up leave behind: a sentence that both use, and the signed documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.s3.store import Store
 
-STOPPED_MESSAGE = "The task was stopped before it finished"
 UNEXPECTED_MESSAGE = "An unexpected error occurred"
 
 

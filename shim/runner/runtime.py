@@ -19,10 +19,10 @@ from shim.files.workspace import (
     open_directory,
 )
 from shim.log.log import Log
-from shim.process.stopping import Stop
+from shim.process.stopping import STOPPED_MESSAGE, Stop
 from shim.process.users import image_user
 from shim.runner.modes import Mode
-from shim.runner.results import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, put_signed
+from shim.runner.results import UNEXPECTED_MESSAGE, put_signed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Runtime:
         self._log.info(f"Unpacking the {name} from {source} to {destination}")
         settings = self._settings
         try:
-            user = image_user(settings.user, set_extra_groups=settings.set_extra_groups)
+            user = image_user(settings)
             with (
                 closing_descriptor(open_directory(destination, mode=0o755, follow=True)) as there,
                 self._store.open(source.bucket, source.key) as stream,

@@ -20,10 +20,10 @@ from shim.contract.tasks import InferenceIO, InferenceResult, InferenceTask, res
 from shim.files.workspace import Workspace
 from shim.http.errors import RemoteError
 from shim.log.log import Log
-from shim.process.stopping import Stop
+from shim.process.stopping import STOPPED_MESSAGE, Stop
 from shim.process.users import image_user
 from shim.runner.modes import Mode, Outcome
-from shim.runner.results import STOPPED_MESSAGE, UNEXPECTED_MESSAGE, build_result, put_signed
+from shim.runner.results import UNEXPECTED_MESSAGE, build_result, put_signed
 from shim.s3.errors import FileChanged
 
 TYPE_CHECKING = False
@@ -183,7 +183,7 @@ class Runner:
         """Yield an upload for each output file, noting it in `outputs` unless it is refused."""
         from shim.s3.transfer import Upload
 
-        user = image_user(self._settings.user, set_extra_groups=self._settings.set_extra_groups)
+        user = image_user(self._settings)
 
         def skip(path: str, reason: object) -> None:
             outputs.pop(path, None)

@@ -189,7 +189,7 @@ def _blocks(fd: int, size: int, buffer: memoryview, crew: Crew | None) -> Iterat
     position = 0
     while read := os.preadv(fd, [buffer[: size - position]], position):
         if crew and crew.cancelled():
-            raise Cancelled("The transfer was stopped")
+            raise Cancelled
         position += read
         yield buffer[:read]
 

@@ -23,9 +23,9 @@ from shim.contract.tasks import SIGNATURE_METADATA, InferenceIO, InferenceTask, 
 from shim.files.workspace import Workspace
 from shim.http.errors import RemoteError
 from shim.log.log import Log
-from shim.process.stopping import Stop
+from shim.process.stopping import STOPPED_MESSAGE, Stop
 from shim.runner.modes import Outcome
-from shim.runner.results import STOPPED_MESSAGE, UNEXPECTED_MESSAGE
+from shim.runner.results import UNEXPECTED_MESSAGE
 from shim.runner.task import (
     DOWNLOAD_MESSAGE,
     UPLOAD_MESSAGE,
