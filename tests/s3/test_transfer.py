@@ -327,12 +327,18 @@ def test_a_server_that_ignores_ranges_has_its_one_stream_kept(
         refused.wait(10)
         exchange.wfile.write(body[PART + 1 :])
 
+    fetch_last = download._Whole._fetch_last
+
+    def fetch_last_and_tell(whole: download._Whole) -> bool:
+        is_more = fetch_last(whole)
+        refused.set()
+        return is_more
+
     def ignore_range(exchange: Exchange) -> None:
         with suppress(OSError):  # who asked for a part hangs up
             ignore("range")(exchange)
-            exchange.rfile.read(1)
-        refused.set()
 
+    monkeypatch.setattr(download._Whole, "_fetch_last", fetch_last_and_tell)
     double.faults = [answer_when_the_others_were_refused]
     double.always = ignore_range
     assert body == harness.download(tmp_path / "file")
@@ -341,10 +347,19 @@ def test_a_server_that_ignores_ranges_has_its_one_stream_kept(
 
 
 def test_a_server_that_tells_too_late_that_it_ignores_ranges_is_read_once_more(
-    double: S3Double, harness: Harness, tmp_path: Path
+    double: S3Double, harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = store(double, 30 * PART)
     is_asked, is_through = threading.Event(), threading.Event()
+    take_first = download._Whole._take_first
+
+    def take_first_and_tell(whole: download._Whole) -> bool:
+        is_more = take_first(whole)
+        if not is_more:
+            is_through.set()
+        return is_more
+
+    monkeypatch.setattr(download._Whole, "_take_first", take_first_and_tell)
 
     def answer_first(exchange: Exchange) -> None:
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -352,7 +367,6 @@ def test_a_server_that_tells_too_late_that_it_ignores_ranges_is_read_once_more(
             exchange.wfile.write(head.encode() + body[: PART + 1])
             is_asked.wait(10)
             exchange.wfile.write(body[PART + 1 :])
-        is_through.set()
 
     def answer_last(exchange: Exchange) -> None:
         if "range" in exchange.fields:
