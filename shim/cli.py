@@ -247,7 +247,7 @@ def exit_code(error: Exception, stop: Stop, log: Log) -> int:
         else:
             log.error(str(error))
         return 2
-    if isinstance(error, TaskStopped) or (stop.requested and isinstance(error, RemoteError)):
+    if isinstance(error, TaskStopped):
         return 128 + (stop.signum or 0)
     if isinstance(error, RemoteError):
         log.error(str(error))

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from shim.aws.sigv4 import Credentials
-from shim.http.connection import never
-from shim.http.transport import Proxies, Transport, Trust
+from shim.http.proxies import Proxies
+from shim.http.stream import unchecked
+from shim.http.transport import Transport
+from shim.http.trust import Trust
 from shim.s3.checksums import ChecksumPolicy
 from shim.s3.client import S3Client
 from shim.s3.endpoints import EndpointConfiguration
@@ -46,6 +48,20 @@ def download_to(path: Path, *, key: str, bucket: str = "bucket") -> Download:
     )
 
 
+class Stopped(Exception):
+    """The caller's own way to end what is under way."""
+
+
+def stopping(is_stopped: Callable[[], object]) -> Callable[[], None]:
+    """Return a check that ends waits as soon as that is so."""
+
+    def check() -> None:
+        if is_stopped():
+            raise Stopped
+
+    return check
+
+
 @dataclass(kw_only=True)
 class Harness:
     """A client with its surroundings."""
@@ -54,15 +70,15 @@ class Harness:
     service: Service
     sleeps: list[float] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
-    cancelled: Callable[[], bool] = never
+    check: Callable[[], None] = unchecked
 
     def download(self, path: Path, key: str = "key", *, concurrency: int = 4) -> bytes:
-        transfers = Transfers(self.client, concurrency=concurrency, cancelled=self.cancelled)
+        transfers = Transfers(self.client, concurrency=concurrency, check=self.check)
         transfers.download_all([download_to(path, key=key)])
         return path.read_bytes()
 
     def upload(self, path: Path, key: str = "key", *, concurrency: int = 4) -> None:
-        transfers = Transfers(self.client, concurrency=concurrency, cancelled=self.cancelled)
+        transfers = Transfers(self.client, concurrency=concurrency, check=self.check)
         upload = Upload(bucket="bucket", key=key, open=lambda: os.open(path, os.O_RDONLY))
         transfers.upload_all([upload])
 
@@ -75,7 +91,7 @@ def build_harness(
     concurrency: int = 8,
     credentials: Any = None,
     environ: Mapping[str, str] | None = None,
-    cancelled: Callable[[], bool] = never,
+    check: Callable[[], None] = unchecked,
     checksums: ChecksumPolicy = ChecksumPolicy(),  # noqa: B008 - is frozen
 ) -> Harness:
     """Build a client that never really sleeps."""
@@ -91,13 +107,13 @@ def build_harness(
         attempts=attempts,
         concurrency=concurrency,
         log=lambda level, message: lines.append(f"{level} {message}"),
-        cancelled=cancelled,
+        check=check,
         checksums=checksums,
         sleep=sleeps.append,
         monotonic=lambda: sum(sleeps),
     )
     return Harness(
-        client=S3Client(service), service=service, sleeps=sleeps, lines=lines, cancelled=cancelled
+        client=S3Client(service), service=service, sleeps=sleeps, lines=lines, check=check
     )
 
 

@@ -343,8 +343,6 @@ class Sources:
         """Make one request; only a form, which goes to a public service, may go through a proxy."""
         try:
             return self.fetch(method, url, headers, form, timeout_seconds, form is not None)
-        except OSError as error:
-            raise TransportError(str(error)) from error
         except ValueError:  # of what would break the head of a request
             raise CredentialsFailed("The request for credentials cannot be written") from None
 

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
 
     def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
         return tasklist.parse(
-            tasklist.read_remote(file, store, stop)
+            tasklist.read_remote(file, store)
             if file and tasklist.is_remote(file)
             else tasklist.read_local(text, file, stop)
         )

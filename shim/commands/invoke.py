@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
     job = Job(environ=environ, stop=stop, title="Invoking the model", style=arguments.style)
     job.complete()
     if tasks is None:
-        tasks = tasklist.parse(tasklist.read_remote(file, job.store, stop))
+        tasks = tasklist.parse(tasklist.read_remote(file, job.store))
     with exclusive(job.settings, job.log), job.ready() as is_ready:
         if is_ready and job.runner.run_tasks(tasks):
             job.log.info("Model invocation complete")

@@ -173,7 +173,7 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop
         max_connections=settings.boto_max_pool_connections,
         log=lambda level, message: log.lines([message], level=level, internal=True, task=None),
         run_helper=run_as_command,
-        cancelled=lambda: stop.requested,
+        check=stop.check,
         carried_bundle=carried_bundle(),
         exposure=never_exposed if has_our_rights else find_exposure,
     )

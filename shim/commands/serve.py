@@ -8,7 +8,6 @@ import threading
 from shim.commands.job import Job
 from shim.contract.errors import TaskStopped
 from shim.files.locks import exclusive
-from shim.http.errors import RemoteError
 from shim.log.log import LOG_FORMATS
 from shim.process.stopping import wait_readable
 from shim.runner.task import PlatformFailure
@@ -70,9 +69,7 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
                 while not wait_readable(stop, service, seconds=WATCH_SECONDS):
                     service.notice_death()
                 service.close(timeout_seconds=LEAVE_SECONDS)
-    except (TaskStopped, RemoteError):
-        if not stop.requested:
-            raise
+    except TaskStopped:
         job.log.info("Stopped while setting up")
     finally:
         server.drain(ANSWER_SECONDS)

@@ -82,7 +82,7 @@ def _read_pieces(stream: FileIO, stop: Stop) -> Iterator[bytes]:
         yield piece
 
 
-def read_remote(file: str, store: Store, stop: Stop) -> dict[str, bytes]:
+def read_remote(file: str, store: Store) -> dict[str, bytes]:
     """Return the task list, or every `*.json` below a prefix by its key."""
     try:
         location = parse_s3_uri(file)
@@ -95,7 +95,6 @@ def read_remote(file: str, store: Store, stop: Stop) -> dict[str, bytes]:
             if summary.key.endswith(".json")
         }
     except (ValueError, RemoteError) as error:
-        stop.check()  # a stop ends the request too
         raise _unreadable(error) from error
 
 

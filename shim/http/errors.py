@@ -27,7 +27,7 @@ class SettingInvalid(RemoteError, ValueError):
         )
 
 
-class TransportError(RemoteError):
+class TransportError(RemoteError, ConnectionError):
     """No answer, or half of one: refused, reset, timed out, malformed."""
 
 
@@ -37,10 +37,3 @@ class StaleConnection(TransportError):
 
 class CertificateError(TransportError):
     """The server's certificate is not trusted; asking again would not help."""
-
-
-class Cancelled(RemoteError):
-    """The caller asked to stop."""
-
-    def __str__(self) -> str:
-        return "The transfer was stopped"

@@ -7,19 +7,30 @@ import struct
 import time
 from collections.abc import Callable
 
-from shim.http.errors import Cancelled, TransportError
+from shim.http.errors import TransportError
 
-TICK_SECONDS = 1
+TICK_SECONDS = 1.0
 
 
-class Wire:
-    """The methods of a socket that a connection needs; before each the caller may cancel.
+def unchecked() -> None:
+    """Let it go on."""
 
-    No call blocks for more than a second: it raises BlockingIOError, and may be made again.
+
+class SocketStream:
+    """The methods of a socket that a connection needs; before each the caller may end it.
+
+    No call blocks for longer than a tick: it raises BlockingIOError, and may be made again.
+    check(): raises what should end the wait.
     """
 
-    def __init__(self, sock: socket.socket, cancelled: Callable[[], bool]) -> None:
-        self._sock, self.cancelled = sock, cancelled
+    def __init__(
+        self,
+        sock: socket.socket,
+        check: Callable[[], None] = unchecked,
+        *,
+        tick_seconds: float = TICK_SECONDS,
+    ) -> None:
+        self._sock, self._check, self.tick_seconds = sock, check, tick_seconds
         self.fileno, self.close, self.settimeout = sock.fileno, sock.close, sock.settimeout
         self._deadline = self._seconds = 0.0
         self._limited = ""
@@ -28,8 +39,14 @@ class Wire:
     def set_tick(self) -> None:
         """Let the kernel keep the time: it saves a poll() a call, and allows MSG_WAITALL."""
         self._sock.settimeout(None)
+        seconds, rest = divmod(self.tick_seconds, 1)
+        tick = struct.pack("ll", int(seconds), int(rest * 1e6))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", TICK_SECONDS, 0))
+            self._sock.setsockopt(socket.SOL_SOCKET, option, tick)
+
+    def ask(self, check: Callable[[], None]) -> None:
+        """Let somebody else end the waits from now on."""
+        self._check = check
 
     def limit(self, seconds: float, name: str) -> None:
         """Allow what begins now so much time; name: of that, for messages."""
@@ -39,21 +56,20 @@ class Wire:
         """Allow any time again."""
         self._limited = ""
 
-    def check(self) -> None:
-        """Raise Cancelled after a stop, TransportError after the time limit."""
-        if self.cancelled():
-            raise Cancelled
-        if self._limited and time.monotonic() > self._deadline:
-            raise TransportError(f"{self._limited} took over {self._seconds:g} s")
-
     def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
-        """Receive as a socket does."""
-        if self._limited or self.cancelled():
-            self.check()
+        """Receive as a socket does. TransportError after the time limit."""
+        self._check()
+        if self._limited:
+            self._refuse_if_late()
         return self._sock.recv_into(view, nbytes, flags)
 
     def send(self, view: memoryview) -> int:
-        """Send as a socket does."""
-        if self._limited or self.cancelled():
-            self.check()
+        """Send as a socket does. TransportError after the time limit."""
+        self._check()
+        if self._limited:
+            self._refuse_if_late()
         return self._sock.send(view)
+
+    def _refuse_if_late(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise TransportError(f"{self._limited} took over {self._seconds:g} s")

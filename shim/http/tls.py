@@ -11,9 +11,7 @@ from contextlib import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
-
-    from shim.http.stream import Wire
+    from shim.http.stream import SocketStream
 
 RECEIVED_BYTES = 1 << 20
 SENT_BYTES = 256 << 10
@@ -26,14 +24,8 @@ class TlsStream:
     A BlockingIOError loses nothing: the same call goes on where it was.
     """
 
-    def __init__(
-        self, sock: socket.socket | Wire | TlsStream, context: ssl.SSLContext, host: str
-    ) -> None:
-        """Shake hands; that takes as long as sock allows.
-
-        Raises OSError, ssl.SSLCertVerificationError among them.
-        sock: a TlsStream is that to a proxy, behind which the host is.
-        """
+    def __init__(self, sock: SocketStream | TlsStream, context: ssl.SSLContext, host: str) -> None:
+        """sock: a TlsStream is that to a proxy, behind which the host is."""
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
@@ -43,9 +35,12 @@ class TlsStream:
         self._unsent = memoryview(b"")
         self._accepted = 0  # bytes of a send() that are encrypted and not all sent
         self._outer_holds_data = sock.holds_data if isinstance(sock, TlsStream) else lambda: False
-        self._shake_hands()
 
-    def _shake_hands(self) -> None:
+    def shake_hands(self) -> None:
+        """Begin; that takes as long as the socket allows.
+
+        Raises OSError, ssl.SSLCertVerificationError among them.
+        """
         try:
             while True:
                 with suppress(ssl.SSLWantReadError):

@@ -101,15 +101,14 @@ class Runtime:
         except UserSafeError as error:
             self._log.error(f"Could not unpack the {name}: {error.__cause__ or error}")
             raise UserSafeError(f"Could not set up {name}: {error}") from error
-        except OSError as error:  # a link of the user's in a container that was started again, ...
-            raise UserSafeError(
-                f"Could not set up {name}: {destination} cannot be used: {error.strerror}"
-            ) from error
         except RemoteError as error:
-            self._stop.check()  # a stop ends the download
             self._log.error(f"Could not read the {name}: {error}")
             raise UserSafeError(
                 f"Could not set up {name}: Tarfile could not be downloaded"
+            ) from error
+        except OSError as error:  # a link of the user's in a container that was started again, ...
+            raise UserSafeError(
+                f"Could not set up {name}: {destination} cannot be used: {error.strerror}"
             ) from error
 
     def _warn_author(self, message: str) -> None:

@@ -154,10 +154,9 @@ class Runner:
         """Do a transfer; what goes wrong with S3 or the disk is the platform's failure."""
         try:
             transfer()
+        except FileChanged as error:
+            raise UserSafeError(str(error)) from error
         except (RemoteError, OSError) as error:
-            self._stop.check()  # a stop cancels transfers
-            if isinstance(error, FileChanged):
-                raise UserSafeError(str(error)) from error
             raise PlatformFailure(message) from error
         self._stop.check()
 
@@ -226,5 +225,5 @@ class Runner:
         return Transfers(
             self._store,
             concurrency=self._settings.async_concurrency,
-            cancelled=lambda: self._stop.requested,
+            check=self._stop.check,
         )

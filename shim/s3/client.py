@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import time
@@ -19,9 +20,12 @@ from shim.aws.credentials import credential_provider
 from shim.aws.endpoints import EndpointUnresolved
 from shim.aws.profiles import read_profile
 from shim.files.exposure import find_exposure
-from shim.http.connection import Response, never
+from shim.http.connection import Response
 from shim.http.errors import CertificateError, SettingInvalid, TransportError
-from shim.http.transport import Proxies, Transport, Trust
+from shim.http.proxies import Proxies
+from shim.http.stream import unchecked
+from shim.http.transport import Transport
+from shim.http.trust import Trust
 from shim.s3.checksums import checksum_policy, encode_crc32
 from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
@@ -98,7 +102,7 @@ class S3Client:
         self._service.call(
             operation,
             read_headers,
-            cancelled=_with_patience(self._service.cancelled) if persistent else None,
+            check=_with_patience(self._service.check) if persistent else None,
             attempts=PERSISTENT_ATTEMPTS if persistent else 0,
         )
 
@@ -157,7 +161,7 @@ class S3Client:
 
     def open(self, bucket: str, key: str) -> BinaryIO:
         """Open an object for reading in order; it is verified as its last byte is read."""
-        return io.BufferedReader(ObjectReader(self._service, bucket, key), 1 << 18)
+        return io.BufferedReader(ObjectReader(self._service, bucket, key).ask(), 1 << 18)
 
     def download(
         self, bucket: str, key: str, directory: int, name: str, *, crew: Crew | None = None
@@ -185,19 +189,23 @@ class S3Client:
         self._service.close()
 
     def _alone(self) -> Crew:
-        return Crew(concurrency=0, cancelled=self._service.cancelled)
+        return Crew(concurrency=0, check=self._service.check)
 
 
-def _with_patience(cancelled: Callable[[], bool]) -> Callable[[], bool]:
+def _with_patience(check: Callable[[], None]) -> Callable[[], None]:
     """Let an operation go on for a while after the request to stop."""
-    stops: list[float] = []
+    end = math.inf
 
-    def is_over() -> bool:
-        if not stops and cancelled():
-            stops.append(time.monotonic() + PATIENCE_SECONDS)
-        return bool(stops) and time.monotonic() > stops[0]
+    def check_later() -> None:
+        nonlocal end
+        try:
+            check()
+        except Exception:
+            end = min(end, time.monotonic() + PATIENCE_SECONDS)
+            if time.monotonic() > end:
+                raise
 
-    return is_over
+    return check_later
 
 
 def connect(
@@ -207,7 +215,7 @@ def connect(
     max_connections: int,
     log: Log,
     run_helper: Callable[[list[str], float], bytes],
-    cancelled: Callable[[], bool] = never,
+    check: Callable[[], None] = unchecked,
     carried_bundle: str = "",
     exposure: Callable[[str], str] = find_exposure,
 ) -> Store:
@@ -260,7 +268,7 @@ def connect(
             checksums=checksum_policy(environ, profile.settings),
             concurrency=concurrency,
             log=log,
-            cancelled=cancelled,
+            check=check,
         ),
         warnings=warnings,
     )

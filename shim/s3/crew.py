@@ -11,10 +11,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from shim.s3.errors import S3ClientError
+
 MOST_HELPERS = 11  # of one large object, beside the thread that has it: see shim.s3.pace
 STACK_BYTES = 512 << 10  # RLIMIT_DATA counts stacks, and the default is 8 MiB
 
 _stack_size = threading.Lock()
+
+
+class Abandoned(S3ClientError):
+    """Another thread of the same work has failed: its error is the one to raise."""
 
 
 class Work:
@@ -30,17 +36,20 @@ class Work:
 class Crew:
     """Up to `concurrency` threads, started as work comes and ended with it."""
 
-    def __init__(self, *, concurrency: int, cancelled: Callable[[], bool]) -> None:
-        self._concurrency, self._is_cancelled = concurrency, cancelled
+    def __init__(self, *, concurrency: int, check: Callable[[], None]) -> None:
+        """check(): raises what ends all work."""
+        self._concurrency, self._check = concurrency, check
         self._works: list[Work] = []
         self._threads = self._waiting = 0
         self._is_done = self._has_failed = False
         lock = threading.Lock()
         self._came, self._ended = threading.Condition(lock), threading.Condition(lock)
 
-    def cancelled(self) -> bool:
-        """Tell whether what is under way should stop."""
-        return self._has_failed or self._is_cancelled()
+    def check(self) -> None:
+        """Raise what ends the work that is under way."""
+        self._check()
+        if self._has_failed:
+            raise Abandoned
 
     def run(self, step: Callable[[], bool]) -> None:
         """Call step in all threads until it returns False; raise the first error."""
@@ -104,7 +113,9 @@ class Crew:
         try:
             has_more = work.step()
         except BaseException as error:  # noqa: B036 - finish() raises it
-            has_more, work.error = False, work.error or error
+            has_more = False
+            if work.error is None or isinstance(work.error, Abandoned):
+                work.error = error
         with self._ended:
             work.calls -= 1
             if not has_more:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from shim.http.errors import Cancelled
 from shim.s3.buffers import borrow_buffer
 from shim.s3.errors import FileChanged, S3ClientError, ServiceError
 from shim.s3.store import ObjectHead, ObjectSummary
@@ -188,8 +187,8 @@ def _blocks(fd: int, size: int, buffer: memoryview, crew: Crew | None) -> Iterat
     """Yield the first size bytes of a file, or what there is of them, until a stop."""
     position = 0
     while read := os.preadv(fd, [buffer[: size - position]], position):
-        if crew and crew.cancelled():
-            raise Cancelled
+        if crew:
+            crew.check()
         position += read
         yield buffer[:read]
 

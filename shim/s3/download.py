@@ -21,8 +21,9 @@ import threading
 import zlib
 from contextlib import suppress
 
-from shim.http.connection import HEAD_LIMIT_BYTES, Response
-from shim.http.errors import Cancelled, TransportError
+from shim.http.connection import Response
+from shim.http.errors import TransportError
+from shim.http.wire import HEAD_LIMIT_BYTES
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import Checksum, combine_crc32, encode_crc32
 from shim.s3.crew import MOST_HELPERS, Crew, Work
@@ -71,7 +72,7 @@ class _Version:
         )
 
     def check(self, response: Response, start: int, stop: int) -> int:
-        """Check an answer to operation(); return where it begins: at start, or at 0."""
+        """Check an answer to prepare(); return where it begins: at start, or at 0."""
         content_range = response.headers.get("content-range", "")
         is_whole = response.status == 200 and not content_range
         if not response.tells_its_end:
@@ -145,7 +146,7 @@ class _Range:
         self.start = self.position = start
         self.stop, self.crc = stop, 0
 
-    def operation(self) -> Operation:
+    def prepare(self) -> Operation:
         return self.version.operation(self.position, self.stop)
 
     def consume(self, response: Response) -> None:
@@ -188,7 +189,7 @@ class _Whole(_Range):
     def fetch(self) -> None:
         """Fetch and verify the object."""
         try:
-            self._service.perform(self, cancelled=self._crew.cancelled)
+            self._service.perform(self, check=self._crew.check)
             if self._work:
                 self._crew.finish(self._work)
         finally:
@@ -198,7 +199,7 @@ class _Whole(_Range):
             self._fetch_returned()
         self._verify()
 
-    def operation(self) -> Operation:
+    def prepare(self) -> Operation:
         return self.version.operation(self.position, self.version.size or 0)
 
     def consume(self, response: Response) -> None:
@@ -246,7 +247,7 @@ class _Whole(_Range):
             part = _Range(self.version, self._fd, self._end, stop, self._widen)
             self._parts.append(part)
         try:
-            self._service.perform(part, cancelled=self._crew.cancelled)
+            self._service.perform(part, check=self._crew.check)
         except _RangesIgnored:
             with self._lock:
                 self._parts.remove(part)
@@ -260,7 +261,7 @@ class _Whole(_Range):
         rest = _Range(self.version, self._fd, start, stop, self._widen)
         rest.takes_whole = True
         self._parts = [part for part in self._parts if not start <= part.start < stop] + [rest]
-        self._service.perform(rest, cancelled=self._crew.cancelled)
+        self._service.perform(rest, check=self._crew.check)
 
     def _verify(self) -> None:
         checksum = self._service.checksum(self.version.headers)
@@ -272,8 +273,7 @@ class _Whole(_Range):
             position = 0
             with borrow_buffer() as buffer:
                 while read := os.preadv(self._fd, [buffer], position):
-                    if self._crew.cancelled():
-                        raise Cancelled
+                    self._crew.check()
                     checksum.update(buffer[:read])
                     position += read
             checksum.verify(self.version.uri)
@@ -321,11 +321,15 @@ class ObjectReader(io.RawIOBase):
         super().__init__()
         self._service, self._version = service, _Version(bucket, key)
         self.position = self._breaks = 0
-        self._response: Response | None = None  # close() is called also when there is no answer
-        self._response = service.perform(self)
-        self._checksum = service.checksum(self._version.headers)
+        self._response: Response | None = None
 
-    def operation(self) -> Operation:
+    def ask(self) -> ObjectReader:
+        """Send the request, so that an object which is missing is known at once; return self."""
+        self._response = self._service.perform(self)
+        self._checksum = self._service.checksum(self._version.headers)
+        return self
+
+    def prepare(self) -> Operation:
         """Ask for what is still to be read."""
         return self._version.operation(self.position, self._version.size or 0)
 
@@ -344,9 +348,8 @@ class ObjectReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read at least a byte, 0 at the end; Cancelled after a stop."""
-        if self._service.cancelled():
-            raise Cancelled
+        """Read at least a byte, 0 at the end."""
+        self._service.check()
         view = memoryview(buffer).cast("B")
         if self.position == self._version.size or not view:
             return 0

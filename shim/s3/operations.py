@@ -13,8 +13,10 @@ from datetime import UTC, datetime, timedelta
 from shim.aws.endpoints import Endpoint
 from shim.aws.sigv4 import EMPTY_PAYLOAD_HASH, UNSIGNED_PAYLOAD, Credentials, encode_key, sign
 from shim.aws.xml import parse
-from shim.http.connection import READ_SECONDS, Request, Response, never
-from shim.http.errors import Cancelled, RemoteError, TransportError
+from shim.http.attempts import LOUD_ATTEMPT, Attempts, delay_seconds
+from shim.http.connection import READ_SECONDS, Request, Response
+from shim.http.errors import RemoteError, TransportError
+from shim.http.stream import unchecked
 from shim.http.transport import Transport
 from shim.s3 import retries
 from shim.s3.checksums import Checksum, ChecksumPolicy
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from shim.aws.credentials import CredentialProvider
     from shim.http.connection import Body
-    from shim.http.transport import Trust
+    from shim.http.trust import Trust
     from shim.s3.store import Log
 
     T = TypeVar("T", covariant=True)
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
 
         position: int  # grows while a body arrives
 
-        def operation(self) -> Operation: ...
+        def prepare(self) -> Operation:
+            """Return what the next attempt asks for; this may read the file that it sends."""
 
-        def consume(self, response: Response) -> T: ...
+        def consume(self, response: Response) -> T:
+            """Read the answer, as far as it is needed."""
 
 
 ERROR_LIMIT_BYTES = 64 << 10
@@ -115,46 +119,8 @@ class _Call:
     def __init__(self, operation: Operation, consume: Callable[[Response], object]) -> None:
         self._operation, self.consume = operation, consume
 
-    def operation(self) -> Operation:
+    def prepare(self) -> Operation:
         return self._operation
-
-
-class _Failures:
-    """What has failed of one exchange, and how much of it may."""
-
-    def __init__(self, attempts: int, begun: float) -> None:
-        """begun: by the monotonic clock."""
-        self.attempts, self._begun = attempts, begun
-        self.kinds: list[Kind] = []
-        self.failed = self._resumes = 0
-
-    def add(self, kind: Kind, *, is_further: bool) -> bool:
-        """Count one; return whether another attempt may follow. is_further: bytes had arrived."""
-        limit = retries.POLICIES[kind].limit
-        self.kinds.append(kind)
-        if is_further and self._resumes < retries.RESUMES:
-            self.failed, self._resumes = 0, self._resumes + 1
-        elif limit is None:
-            self.failed += 1
-        return self.failed < self.attempts if limit is None else self.kinds.count(kind) <= limit
-
-    @property
-    def retries(self) -> int:
-        """How often the request was repeated, after its last attempt."""
-        is_counted = retries.POLICIES[self.kinds[-1]].limit is None
-        return self.failed - 1 if is_counted else self.failed
-
-    def is_loud(self, now: float) -> bool:
-        """Tell whether others should hear of the last one."""
-        counted = [kind for kind in self.kinds if retries.POLICIES[kind].limit is None]
-        is_late = now - self._begun >= retries.LOUD_SECONDS
-        return len(counted) >= retries.LOUD_ATTEMPT or is_late
-
-    def describe(self) -> str:
-        """Say which one it was, of how many."""
-        if self.failed:
-            return f"attempt {self.failed} of {self.attempts} failed"
-        return f"broke off, {self._resumes} of {retries.RESUMES} times"
 
 
 class Service:
@@ -170,11 +136,11 @@ class Service:
         concurrency: int,
         log: Log,
         checksums: ChecksumPolicy = ALL_CHECKSUMS,
-        cancelled: Callable[[], bool] = never,
+        check: Callable[[], None] = unchecked,
         sleep: Callable[[float], None] = time.sleep,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.cancelled, self._checksums, self._monotonic = cancelled, checksums, monotonic
+        self.check, self._checksums, self._monotonic = check, checksums, monotonic
         self._configuration, self._credentials = configuration, credentials
         self._transport, self._attempts, self._log, self._sleep = transport, attempts, log, sleep
         self._pace = Pace(concurrency=concurrency, monotonic=monotonic)
@@ -209,37 +175,42 @@ class Service:
         operation: Operation,
         consume: Callable[[Response], T],
         *,
-        cancelled: Callable[[], bool] | None = None,
+        check: Callable[[], None] | None = None,
         attempts: int = 0,
     ) -> T:
         """Perform an operation; consume(response) is part of each attempt."""
         exchange: Exchange[T] = _Call(operation, consume)  # type: ignore[assignment]
-        return self.perform(exchange, cancelled=cancelled, attempts=attempts)
+        return self.perform(exchange, check=check, attempts=attempts)
 
     def perform(
         self,
         exchange: Exchange[T],
         *,
-        cancelled: Callable[[], bool] | None = None,
+        check: Callable[[], None] | None = None,
         attempts: int = 0,
     ) -> T:
         """Make attempts until one succeeds; raise the error of the last one.
 
         attempts: instead of what is configured.
         """
-        cancelled = cancelled or self.cancelled
-        failures = _Failures(attempts or self._attempts, self._monotonic())
+        check = check or self.check
+        failures = Attempts(
+            retries.POLICIES,
+            most=attempts or self._attempts,
+            begun=self._monotonic(),
+            resumes=retries.RESUMES,
+        )
         while True:
             reached = exchange.position
             credentials = self._credentials.get()
             policy = NO_CHECKSUMS if Kind.CHECKSUMS in failures.kinds else self._checksums
-            self._enter(cancelled)
+            self._enter(check)
             is_success = False
             now = datetime.now(UTC) + self._skew
             try:
-                operation = exchange.operation()
+                operation = exchange.prepare()
                 request = self._sign(operation, credentials, now, policy)
-                request.cancelled = cancelled
+                request.check = check
                 result = self._attempt(exchange, operation, request)
                 is_success = True
                 if policy is NO_CHECKSUMS:
@@ -258,14 +229,14 @@ class Service:
             is_loud = seconds > 0 and failures.is_loud(self._monotonic())
             name = f"{operation.name} of s3://{operation.bucket}/{operation.key}"
             self._report(f"{name}: {failures.describe()}", seconds, error, is_loud=is_loud)
-            self._pause(seconds, cancelled)
+            self._pause(seconds, check)
 
     def wait(self, error: TransportError, retry: int, name: str) -> None:
         """Wait before a stream is resumed for the first, second, ... time; name: of it."""
         seconds = self._delay_seconds(Kind.TRANSPORT, error, retry)
         text = f"{name} broke off, {retry} of {retries.RESUMES} times"
-        self._report(text, seconds, error, is_loud=retry >= retries.LOUD_ATTEMPT)
-        self._pause(seconds, self.cancelled)
+        self._report(text, seconds, error, is_loud=retry >= LOUD_ATTEMPT)
+        self._pause(seconds, self.check)
 
     def _report(self, text: str, seconds: float, error: RemoteError, *, is_loud: bool) -> None:
         level = "WARNING" if is_loud else "DEBUG"
@@ -337,12 +308,10 @@ class Service:
             self._endpoints[bucket] = endpoint, endpoint.hostname
         return self._endpoints[bucket]
 
-    def _enter(self, cancelled: Callable[[], bool]) -> None:
+    def _enter(self, check: Callable[[], None]) -> None:
+        check()
         while not self._pace.try_enter():
-            self._pause(0.02, cancelled)
-        if cancelled():
-            self._pace.leave(is_success=False)
-            raise Cancelled
+            self._pause(0.02, check)
 
     def _spare_checksums(self, operation: Operation) -> None:
         """Send a store no more of the checksums without which it has taken an operation."""
@@ -372,19 +341,19 @@ class Service:
             self._skew = retries.skew_of(error.headers, now=datetime.now(UTC))
             self._log("WARNING", f"The clock is off: the server's differs by {self._skew}")
         elif isinstance(error, ServiceError) and kind is Kind.REGION:
-            return self._learn_region(error, request.cancelled)
+            return self._learn_region(error, request.check)
         elif kind is Kind.CHECKSUMS:
             return not all(map(NO_CHECKSUMS.allows, request.headers))
         elif kind is Kind.CREDENTIALS:
             return self._credentials.refresh(credentials) != credentials
         return True
 
-    def _learn_region(self, error: ServiceError, cancelled: Callable[[], bool]) -> bool:
+    def _learn_region(self, error: ServiceError, check: Callable[[], None]) -> bool:
         """Resolve the bucket anew in the region that an answer names; never by its Location."""
         bucket = error.bucket
         if bucket.startswith("arn:"):
             return False
-        region = error.region or self._ask_region(error, cancelled)
+        region = error.region or self._ask_region(error, check)
         if not region:
             return False
         if region == self._endpoint(bucket)[0].region:
@@ -395,13 +364,13 @@ class Service:
         self._log("INFO", f"The bucket {bucket} is in {region}")
         return True
 
-    def _ask_region(self, error: ServiceError, cancelled: Callable[[], bool]) -> str:
+    def _ask_region(self, error: ServiceError, check: Callable[[], None]) -> str:
         """Ask for the region of a bucket where an answer names only another endpoint."""
         if error.operation == "HeadBucket":
             return ""
         operation = Operation(name="HeadBucket", method="HEAD", bucket=error.bucket)
         try:
-            headers = self.call(operation, read_headers, cancelled=cancelled, attempts=1)
+            headers = self.call(operation, read_headers, check=check, attempts=1)
         except ServiceError as answer:
             headers = dict(answer.headers)
         except TransportError:
@@ -411,15 +380,15 @@ class Service:
     def _delay_seconds(self, kind: Kind, error: RemoteError, retry: int) -> float:
         headers = error.headers if isinstance(error, ServiceError) else {}
         jitter = int.from_bytes(os.urandom(4), "big") / 2**32
-        seconds = retries.delay_seconds(kind, retry=retry, headers=headers, random=jitter)
+        policy = retries.POLICIES[kind]
+        seconds = delay_seconds(policy, retry=retry, headers=headers, random=jitter)
         if kind is Kind.THROTTLED:
             self._pace.slow_down(seconds)
         return seconds
 
-    def _pause(self, seconds: float, cancelled: Callable[[], bool]) -> None:
+    def _pause(self, seconds: float, check: Callable[[], None]) -> None:
         while seconds > 0:
-            if cancelled():
-                raise Cancelled
+            check()
             self._sleep(min(seconds, SLICE_SECONDS))
             seconds -= SLICE_SECONDS
 

@@ -1,6 +1,6 @@
 """Which failures are worth another attempt, and after how long: tables and pure functions, no loop.
 
-    failure -> kind_of -> Kind -> POLICIES -> Policy -> delay_seconds
+    failure -> kind_of -> Kind -> POLICIES -> Policy
 
 Sources: botocore's legacy and standard modes (data/_retry.json, retries/standard.py), and what the
 documentation of S3 calls temporary.
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 
+from shim.http.attempts import Policy
 from shim.http.errors import (
     CertificateError,
     RemoteError,
@@ -23,13 +23,10 @@ from shim.http.errors import (
 )
 from shim.s3.errors import IntegrityError, ServiceError
 
-LONGEST_DELAY_SECONDS = 20.0
 LARGEST_SKEW = timedelta(minutes=4)
 ATTEMPTS = {"legacy": 5, "standard": 3, "adaptive": 3}
 _ATTEMPTS_FORM = re.compile(r"0*[1-9][0-9]{0,5}")
 PERSISTENT_ATTEMPTS = 12
-LOUD_ATTEMPT = 3  # the first whose failure is a warning: two are everyday life
-LOUD_SECONDS = 10.0  # after which every failure is
 RESUMES = 20  # of a body that made progress before it broke off
 
 
@@ -48,15 +45,7 @@ class Kind(Enum):
     FINAL = "give up"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
-    """base_seconds: of the delay, which doubles; limit: of attempts that are not counted."""
-
-    base_seconds: float = 0.0
-    limit: int | None = None
-
-
-POLICIES = {
+POLICIES: dict[Enum, Policy] = {
     Kind.THROTTLED: Policy(base_seconds=1.0),
     Kind.TRANSIENT: Policy(base_seconds=0.05),
     Kind.DAMAGED: Policy(limit=1),
@@ -128,22 +117,6 @@ def skew_of(headers: Mapping[str, str], *, now: datetime) -> timedelta:
         return parsedate_to_datetime(headers["date"]) - now
     except (KeyError, ValueError, TypeError):
         return timedelta(0)
-
-
-def delay_seconds(kind: Kind, *, retry: int, headers: Mapping[str, str], random: float) -> float:
-    """Return how long to wait before retry number 1, 2, ...; random: of 0 to 1."""
-    longest: float = POLICIES[kind].base_seconds * 2 ** (retry - 1)
-    delay = random * min(longest, LONGEST_DELAY_SECONDS)
-    return max(delay, min(_asked_seconds(headers), LONGEST_DELAY_SECONDS))
-
-
-def _asked_seconds(headers: Mapping[str, str]) -> float:
-    """What the server asks for; the form of Retry-After with a date is left aside."""
-    for name, unit in (("x-amz-retry-after", 0.001), ("retry-after", 1.0)):
-        value = headers.get(name, "")
-        if value.isascii() and value.isdecimal():
-            return int(value) * unit
-    return 0.0
 
 
 def configured_attempts(environ: Mapping[str, str], profile: Mapping[str, str]) -> int:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from shim.http.errors import Cancelled
 from shim.s3.crew import Crew
 from shim.s3.errors import ServiceError
 
@@ -54,9 +53,9 @@ class Upload:
 class Transfers:
     """Downloads and uploads of a store."""
 
-    def __init__(self, store: Store, *, concurrency: int, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, store: Store, *, concurrency: int, check: Callable[[], None]) -> None:
         """concurrency: the number of threads; they live as long as one call."""
-        self._store, self._concurrency, self._cancelled = store, concurrency, cancelled
+        self._store, self._concurrency, self._check = store, concurrency, check
 
     def download_all(self, downloads: Iterable[Download]) -> None:
         """Download every object; raise the first error."""
@@ -89,11 +88,10 @@ class Transfers:
 
     def _for_each(self, items: Iterable[T], transfer: Callable[[T, Crew], None]) -> None:
         iterator, lock = iter(items), threading.Lock()
-        crew = Crew(concurrency=self._concurrency, cancelled=self._cancelled)
+        crew = Crew(concurrency=self._concurrency, check=self._check)
 
         def step() -> bool:
-            if crew.cancelled():
-                raise Cancelled
+            crew.check()
             with lock:
                 item = next(iterator, None)
             if item is not None:

@@ -22,10 +22,9 @@ from functools import partial
 
 from shim.aws.xml import Element, parse
 from shim.http.connection import Response
-from shim.http.errors import Cancelled
 from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import encode_crc32
-from shim.s3.crew import MOST_HELPERS, Crew
+from shim.s3.crew import MOST_HELPERS, Abandoned, Crew
 from shim.s3.documents import build_complete
 from shim.s3.errors import FileChanged, S3ClientError, ServiceError
 from shim.s3.operations import ERROR_LIMIT_BYTES, Operation, Service, error_of, read_headers
@@ -56,12 +55,12 @@ def part_bytes(size: int) -> int:
 class File:
     """An open file that must not change any more."""
 
-    def __init__(self, fd: int, size: int, key: str, cancelled: Callable[[], bool]) -> None:
-        """key: of the object that it becomes, for messages; cancelled: asked before each read."""
-        self.fd, self.size, self.key, self.cancelled = fd, size, key, cancelled
+    def __init__(self, fd: int, size: int, key: str, check: Callable[[], None]) -> None:
+        """key: of the object that it becomes, for messages; check(): called before each read."""
+        self.fd, self.size, self.key, self.check = fd, size, key, check
         self._modified = os.fstat(fd).st_mtime_ns
 
-    def check(self) -> None:
+    def verify(self) -> None:
         """Raise FileChanged if it did."""
         status = os.fstat(self.fd)
         if (status.st_size, status.st_mtime_ns) != (self.size, self._modified):
@@ -71,16 +70,18 @@ class File:
 class FileBody:
     """A range of a file as the body of a request."""
 
-    def __init__(self, file: File, *, start: int, size: int, with_sha256: bool) -> None:
+    def __init__(self, file: File, *, start: int, size: int) -> None:
         self._file, self._start, self.size = file, start, size
+
+    def sum(self, *, with_sha256: bool) -> tuple[str, str]:
+        """Read it all; return its CRC32 as S3 writes it, and its SHA-256 in hex or ""."""
         digest = hashlib.sha256() if with_sha256 else None
         crc = 0
         for block in self._read():
             crc = zlib.crc32(block, crc)
             if digest:
                 digest.update(block)
-        self.crc32 = encode_crc32(crc)
-        self.sha256 = digest.hexdigest() if digest else ""
+        return encode_crc32(crc), digest.hexdigest() if digest else ""
 
     def blocks(self) -> Iterator[memoryview]:
         """Yield the bytes; the last ones only if the file is as it was."""
@@ -88,15 +89,14 @@ class FileBody:
         for block in self._read():
             left -= len(block)
             if not left:
-                self._file.check()
+                self._file.verify()
             yield block
 
     def _read(self) -> Iterator[memoryview]:
         position, end = self._start, self._start + self.size
         with borrow_buffer() as buffer:
             while position < end:
-                if self._file.cancelled():
-                    raise Cancelled
+                self._file.check()
                 read = os.preadv(self._file.fd, [buffer[: end - position]], position)
                 if not read:
                     raise FileChanged(self._file.key)
@@ -122,16 +122,16 @@ class _Put:
         self._file, self._start, self._size = file, start, size
         self.crc32 = ""
 
-    def operation(self) -> Operation:
+    def prepare(self) -> Operation:
         start, size, sha256 = self._start, self._size, ""
         body: bytes | FileBody
         if size > IN_MEMORY_BYTES:
-            body = FileBody(self._file, start=start, size=size, with_sha256=self._with_sha256)
-            self.crc32, sha256 = body.crc32, body.sha256
+            body = FileBody(self._file, start=start, size=size)
+            self.crc32, sha256 = body.sum(with_sha256=self._with_sha256)
         else:
             body = os.pread(self._file.fd, size, start)
             self.crc32 = encode_crc32(zlib.crc32(body))
-            self._file.check()
+            self._file.verify()
         headers = {"x-amz-checksum-crc32": self.crc32}
         return self._operation(method="PUT", headers=headers, body=body, sha256=sha256)
 
@@ -142,13 +142,13 @@ class _Put:
 def upload(service: Service, bucket: str, key: str, fd: int, size: int, crew: Crew) -> None:
     """Store a file of that size."""
     operation = partial(Operation, bucket=bucket, key=key)
-    file = File(fd, size, key, crew.cancelled)
+    file = File(fd, size, key, crew.check)
     put = partial(_Put, file=file, with_sha256=service.is_plain(bucket))
     if size > SINGLE_BYTES:
         _Multipart(service, operation, put, size, crew).store()
     else:
         exchange = put(partial(operation, name="PutObject"), start=0, size=size)
-        service.perform(exchange, cancelled=crew.cancelled)
+        service.perform(exchange, check=crew.check)
 
 
 class _Multipart:
@@ -198,7 +198,7 @@ class _Multipart:
         query = (("partNumber", str(number)), ("uploadId", self._upload_id))
         operation = partial(self._operation, name="UploadPart", query=query)
         put = self._put(operation, start=start, size=size)
-        headers = self._service.perform(put, cancelled=self._crew.cancelled)
+        headers = self._service.perform(put, check=self._crew.check)
         returned = headers.get("x-amz-checksum-crc32") == put.crc32
         with self._lock:
             part = (number, headers.get("etag", ""), put.crc32 if returned else "")
@@ -230,12 +230,12 @@ class _Multipart:
                 raise error_of(operation, response, body)
             return root
 
-        return self._service.call(operation, consume, cancelled=self._crew.cancelled)
+        return self._service.call(operation, consume, check=self._crew.check)
 
     def _is_complete(self) -> bool:
         operation = self._operation(name="HeadObject", method="HEAD")
         try:
-            headers = self._service.call(operation, read_headers, cancelled=self._crew.cancelled)
+            headers = self._service.call(operation, read_headers, check=self._crew.check)
         except ServiceError:
             return False
         etag = headers.get("etag", "").strip('"')
@@ -248,7 +248,10 @@ class _Multipart:
             query=(("uploadId", self._upload_id),),
         )
         end = time.monotonic() + ABORT_SECONDS
+
+        def check() -> None:
+            if time.monotonic() > end:
+                raise Abandoned
+
         with suppress(S3ClientError):  # the error that led here is the one to report
-            self._service.call(
-                operation, read_headers, cancelled=lambda: time.monotonic() > end, attempts=2
-            )
+            self._service.call(operation, read_headers, check=check, attempts=2)

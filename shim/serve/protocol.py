@@ -29,6 +29,7 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import TCPServer, ThreadingMixIn
 
 from shim.contract.errors import InvalidTasks, NotText, Problem, ShimError, TaskStopped
+from shim.http.wire import FIELD, LENGTH, TOKEN, parse_chunk_size
 from shim.process.sockets import Connection
 
 TYPE_CHECKING = False
@@ -53,12 +54,8 @@ STACK_BYTES = 512 * 1024
 SWITCH_SECONDS = 0.001
 
 # RFC 9112, 2 to 5, without what receivers may refuse: bare CR, line folding, HTTP/0.9.
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_FIELD = _TOKEN + rb":[\t -~\x80-\xff]*\r?\n"
-_HEAD = re.compile(_TOKEN + rb" [!-~]+ HTTP/[1-9]\.[0-9]\r?\n(?:" + _FIELD + rb")*\r?\n")
-_TRAILER = re.compile(_FIELD)
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[\t ]*(?:;[\t -~\x80-\xff]*)?\r\n")
-_CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
+_HEAD = re.compile(TOKEN + rb" [!-~]+ HTTP/[1-9]\.[0-9]\r?\n(?:" + FIELD + rb")*\r?\n")
+_TRAILER = re.compile(FIELD)
 _ORIGIN = re.compile(r"^https?://[^/?]*", re.IGNORECASE)
 
 
@@ -303,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
             if [coding.strip().lower() for coding in codings] != ["chunked"]:
                 raise _Refused(501, "The only Transfer-Encoding supported is chunked")
             return None
-        if len(lengths) > 1 or not all(map(_CONTENT_LENGTH.fullmatch, lengths)):
+        if len(lengths) > 1 or not all(map(LENGTH.fullmatch, lengths)):
             raise _Refused(400, "Content-Length must be one number")
         return int(lengths.pop()) if lengths else 0
 
@@ -357,10 +354,10 @@ class _Handler(BaseHTTPRequestHandler):
         return bytes(body)
 
     def _receive_chunk_size(self) -> int:
-        size = _CHUNK_SIZE.fullmatch(self._receive_line(CHUNK_LINE_LIMIT_BYTES, 400))
-        if not size:
+        size = parse_chunk_size(self._receive_line(CHUNK_LINE_LIMIT_BYTES, 400))
+        if size is None:
             raise _Refused(400, "The size of a chunk is malformed")
-        return int(size[1], 16)
+        return size
 
     def _receive_line(self, limit_bytes: int, too_long: int) -> bytes:
         line = self._input.readline(limit_bytes + 1)

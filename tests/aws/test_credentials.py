@@ -22,7 +22,9 @@ from shim.aws.errors import CredentialsFailed, NoCredentials
 from shim.aws.profiles import read_profile
 from shim.aws.sigv4 import Credentials
 from shim.http.errors import RemoteError, SettingInvalid, TransportError
-from shim.http.transport import FetchResponse, Proxies, Transport, Trust
+from shim.http.proxies import Proxies
+from shim.http.transport import FetchResponse, Transport
+from shim.http.trust import Trust
 from tests.fakes.container_credentials import (
     Answer,
     ContainerCredentials,

@@ -18,7 +18,7 @@ from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import parse_tasks
 from shim.files.workspace import Workspace
-from shim.http.transport import IMAGE_BUNDLES
+from shim.http.trust import IMAGE_BUNDLES
 from shim.log.log import Log
 from shim.process.process import MemoryEvents, start
 from shim.runner.modes import resolve_spec

@@ -64,6 +64,12 @@ def serve(request: pytest.FixtureRequest, certificate: tuple[Path, Path]) -> Ite
         yield start
 
 
+def shake_hands(ours: socket.socket, context: ssl.SSLContext) -> TlsStream:
+    stream = TlsStream(ours, context, "127.0.0.1")  # type: ignore[arg-type]
+    stream.shake_hands()
+    return stream
+
+
 def receive_all(stream: TlsStream, size: int = 1 << 16) -> bytes:
     buffer, parts = memoryview(bytearray(size)), []
     while received := stream.recv_into(buffer):
@@ -75,7 +81,7 @@ def receive_all(stream: TlsStream, size: int = 1 << 16) -> bytes:
 def test_receives_all_whatever_the_room(serve: Serve, trusting: ssl.SSLContext, size: int) -> None:
     sent = DATA[: 20_000 if size == 1 else len(DATA)]
     ours, _ = serve(lambda connection: connection.sendall(sent))
-    assert sent == receive_all(TlsStream(ours, trusting, "127.0.0.1"), size)
+    assert sent == receive_all(shake_hands(ours, trusting), size)
 
 
 def test_sends_all_through_time_outs(serve: Serve, trusting: ssl.SSLContext) -> None:
@@ -91,7 +97,7 @@ def test_sends_all_through_time_outs(serve: Serve, trusting: ssl.SSLContext) -> 
         return received
 
     ours, outcome = serve(read_late)
-    stream = TlsStream(ours, trusting, "127.0.0.1")
+    stream = shake_hands(ours, trusting)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 10_000))
     view = memoryview(DATA)
     while view:
@@ -107,7 +113,7 @@ def test_sends_all_through_time_outs(serve: Serve, trusting: ssl.SSLContext) -> 
 def test_who_stops_listening_is_heard(serve: Serve, trusting: ssl.SSLContext) -> None:
     """As of a bucket that refuses a body before it has all of it."""
     ours, outcome = serve(lambda connection: connection.sendall(b"refused"))
-    stream = TlsStream(ours, trusting, "127.0.0.1")
+    stream = shake_hands(ours, trusting)
     outcome.result(10)
     with pytest.raises(OSError):  # noqa: B017 - whichever the kernel names
         while True:
@@ -124,7 +130,7 @@ def test_a_time_out_while_receiving_loses_nothing(serve: Serve, trusting: ssl.SS
         connection.sendall(b"second")
 
     ours, _ = serve(pause)
-    stream = TlsStream(ours, trusting, "127.0.0.1")
+    stream = shake_hands(ours, trusting)
     buffer = memoryview(bytearray(100))
     assert b"first" == bytes(buffer[: stream.recv_into(buffer)])
     ours.settimeout(0.01)
@@ -137,7 +143,7 @@ def test_a_time_out_while_receiving_loses_nothing(serve: Serve, trusting: ssl.SS
 
 def test_what_is_received_and_not_taken_is_told(serve: Serve, trusting: ssl.SSLContext) -> None:
     ours, _ = serve(lambda connection: connection.sendall(b"two parts"))
-    stream = TlsStream(ours, trusting, "127.0.0.1")
+    stream = shake_hands(ours, trusting)
     buffer = memoryview(bytearray(4))
     assert 4 == stream.recv_into(buffer)
     assert stream.holds_data()
@@ -155,7 +161,7 @@ def test_an_end_is_an_end(serve: Serve, trusting: ssl.SSLContext, is_announced: 
                 connection.unwrap()
 
     ours, outcome = serve(leave)
-    stream = TlsStream(ours, trusting, "127.0.0.1")
+    stream = shake_hands(ours, trusting)
     assert b"last words" == receive_all(stream)
     assert 0 == stream.recv_into(memoryview(bytearray(9)))
     outcome.result(10)
@@ -164,7 +170,7 @@ def test_an_end_is_an_end(serve: Serve, trusting: ssl.SSLContext, is_announced: 
 def test_a_server_that_is_not_trusted_is_told_so(serve: Serve) -> None:
     ours, outcome = serve(lambda connection: connection.recv(1))
     with pytest.raises(ssl.SSLCertVerificationError):
-        TlsStream(ours, ssl.create_default_context(), "127.0.0.1")
+        shake_hands(ours, ssl.create_default_context())
     with pytest.raises(ssl.SSLError, match="unknown ca"):
         outcome.result(10)
 
@@ -174,6 +180,6 @@ def test_a_server_that_leaves_at_once_is_an_error(trusting: ssl.SSLContext) -> N
     with ours:
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises(ssl.SSLEOFError, match="closed the connection"):
-            TlsStream(ours, trusting, "127.0.0.1")
+            shake_hands(ours, trusting)
         assert select.select([theirs], [], [], 0)[0]  # the greeting
         theirs.close()

@@ -341,7 +341,7 @@ def test_tracer_of_one_thread_holds_an_end_back_no_longer_than_the_limit() -> No
 
 
 def test_tracer_from_elsewhere_is_waited_for_in_peace() -> None:
-    process = begin("sh", "-c", "read line; sleep 0.5; exit 3")
+    process = begin("sh", "-c", END_WHEN_TRACED)
     tracer = subprocess.Popen(
         [PYTHON, "-c", TRACE_AND_WAIT, str(process.pid)], stdout=subprocess.PIPE, text=True
     )
@@ -355,6 +355,13 @@ def test_tracer_from_elsewhere_is_waited_for_in_peace() -> None:
     tracer.communicate()
 
 
+END_WHEN_TRACED = """
+pid=0
+while [ "$pid" = 0 ]
+do while read -r name value; do [ "$name" != TracerPid: ] || pid=$value; done < /proc/$$/status
+done
+exit 3
+"""
 TRACE_AND_WAIT = """
 import ctypes, sys, time
 print("ready" if ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), 0, 0) == 0 else "refused",

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from shim.http.errors import Cancelled, RemoteError, TransportError
+from shim.http.errors import RemoteError, TransportError
+from shim.http.stream import unchecked
 from shim.s3.client import connect
 from shim.s3.errors import IntegrityError, ServiceError
 from shim.s3.store import ObjectSummary
@@ -25,7 +26,7 @@ from tests.fakes.s3_double import (
     refuse,
     truncate,
 )
-from tests.s3_clients import build_harness, download_to, running_double
+from tests.s3_clients import Stopped, build_harness, download_to, running_double, stopping
 from tests.s3_servers import SECRET_KEY, S3Server
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def test_large_files_are_the_same_for_boto3(
     client, boto3, bucket = client_of(server), server.boto3(), new_bucket(server)
     source, copy = tmp_path / "source", tmp_path / "copy"
     source.write_bytes(os.urandom(1 << 20) * 40 + b"the end")
-    transfers = Transfers(client, concurrency=4, cancelled=lambda: False)
+    transfers = Transfers(client, concurrency=4, check=unchecked)
     upload = Upload(bucket=bucket, key="large", open=lambda: os.open(source, os.O_RDONLY))
     transfers.upload_all([upload])
     assert source.read_bytes() == boto3.get_object(Bucket=bucket, Key="large")["Body"].read()
@@ -133,7 +134,7 @@ def test_a_large_object_with_one_checksum_is_read_where_boto3_fails(
     # rclone sends the checksum of the whole with each range, and status 200.
     body = os.urandom(1 << 20) * 30
     rclone.boto3().put_object(Bucket=bucket, Key="key", Body=body, ChecksumCRC32=encode_crc32(body))
-    transfers = Transfers(client_of(rclone), concurrency=4, cancelled=lambda: False)
+    transfers = Transfers(client_of(rclone), concurrency=4, check=unchecked)
     transfers.download_all([download_to(tmp_path / "copy", key="key", bucket=bucket)])
     assert body == (tmp_path / "copy").read_bytes()
 
@@ -274,11 +275,11 @@ def test_a_result_is_retried_harder_than_anything_else(double: S3Double) -> None
 
 
 def test_a_result_is_stored_even_after_the_request_to_stop(double: S3Double) -> None:
-    client = build_harness(double.url, cancelled=lambda: True).client
+    client = build_harness(double.url, check=stopping(lambda: True)).client
     double.faults = [refuse(500)] * 2
     client.put("bucket", "key", b"result", persistent=True)
     assert b"result" == double.buckets["bucket"]["key"].body
-    with pytest.raises(Cancelled):
+    with pytest.raises(Stopped):
         client.put("bucket", "key", b"other")
 
 

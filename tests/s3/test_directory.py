@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from shim.aws.endpoints import EndpointUnresolved
-from shim.http.errors import Cancelled, RemoteError, SettingInvalid
+from shim.http.errors import RemoteError, SettingInvalid
+from shim.http.stream import unchecked
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import ServiceError
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Transfers, Upload
-from tests.s3_clients import download_to
+from tests.s3_clients import Stopped, download_to, stopping
 from tests.support import UNPRIVILEGED_UID, needs_root
 
 
@@ -102,7 +103,7 @@ def test_metadata_of_an_object_that_was_replaced_are_gone(store: DirectoryStore)
 def test_transfers_work_as_with_s3(store: DirectoryStore, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(3_000_000))
-    transfers = Transfers(store, concurrency=2, cancelled=lambda: False)
+    transfers = Transfers(store, concurrency=2, check=unchecked)
     transfers.upload_all(
         Upload(bucket="bucket", key=f"p/{n}", open=lambda: os.open(source, os.O_RDONLY))
         for n in range(3)
@@ -212,15 +213,15 @@ def test_a_stop_ends_the_copy_of_a_vast_file(
 ) -> None:
     """Nothing is left of it, in either direction."""
     calls = iter(range(1000))
-    transfers = Transfers(store, concurrency=1, cancelled=lambda: next(calls) > 20)
+    transfers = Transfers(store, concurrency=1, check=stopping(lambda: next(calls) > 20))
     upload = Upload(bucket="bucket", key="d/key", open=lambda: os.open(vast, os.O_RDONLY))
-    with pytest.raises(Cancelled):
+    with pytest.raises(Stopped):
         transfers.upload_all([upload])
     assert [] == os.listdir(tmp_path / "root/bucket/d")
     store = DirectoryStore.from_buckets({"bucket": vast.parent})
     calls = iter(range(1000))
-    transfers = Transfers(store, concurrency=1, cancelled=lambda: next(calls) > 20)
-    with pytest.raises(Cancelled):
+    transfers = Transfers(store, concurrency=1, check=stopping(lambda: next(calls) > 20))
+    with pytest.raises(Stopped):
         transfers.download_all([download_to(tmp_path / "copy", key="vast")])
     assert ["root"] == os.listdir(tmp_path)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from shim.http.connection import Connection, Response
+from shim.http.stream import SocketStream
 from shim.s3 import pace
 from shim.s3.pace import Pace
 from tests.support import poll
@@ -21,9 +22,10 @@ class Calls:
     """Receives a body, and counts the calls for help."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.connection = Connection(sock, "route")
-        head = b"HTTP/1.1 200 OK\r\ncontent-length: %d" % SIZE
-        response = Response(self.connection, method="GET", head=head, is_sent=True)
+        self.connection = Connection(SocketStream(sock))
+        response = Response(
+            self.connection, status=200, reason="OK", headers={}, length=SIZE, may_keep=True
+        )
         self.count = 0
         self.receive = Pace(response, memoryview(bytearray(WINDOW // 8)), self.call).receive
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from shim.aws.sigv4 import Credentials
+from shim.http.attempts import delay_seconds
 from shim.http.errors import CertificateError, RemoteError, StaleConnection, TransportError
+from shim.http.stream import unchecked
 from shim.s3 import retries
 from shim.s3.checksums import ChecksumPolicy
 from shim.s3.errors import ObjectChanged, ServiceError
@@ -234,7 +236,7 @@ def test_threads_that_learn_a_region_together_all_go_on(tmp_path: Path) -> None:
             exchange.answer()
 
         double.faults = [redirect_together] * 4
-        transfers = Transfers(harness.client, concurrency=4, cancelled=lambda: False)
+        transfers = Transfers(harness.client, concurrency=4, check=unchecked)
         transfers.download_all(download_to(tmp_path / str(n), key=str(n)) for n in range(20))
         assert 20 == len(list(tmp_path.iterdir()))
         assert 4 + 20 == len(double.seen)
@@ -310,7 +312,9 @@ def test_the_server_may_ask_for_patience(double: S3Double, header: str, least: f
 
 def test_patience_has_a_limit() -> None:
     asked = {"retry-after": "86400"}
-    assert 20.0 == retries.delay_seconds(Kind.TRANSIENT, retry=1, headers=asked, random=0.5)
+    assert 20.0 == delay_seconds(
+        retries.POLICIES[Kind.TRANSIENT], retry=1, headers=asked, random=0.5
+    )
 
 
 DELAYS = [
@@ -326,7 +330,7 @@ DELAYS = [
 
 @pytest.mark.parametrize(("kind", "retry", "longest"), DELAYS)
 def test_delays_double_up_to_twenty_seconds(kind: Kind, retry: int, longest: float) -> None:
-    halves = retries.delay_seconds(kind, retry=retry, headers={}, random=0.5)
+    halves = delay_seconds(retries.POLICIES[kind], retry=retry, headers={}, random=0.5)
     assert longest / 2 == pytest.approx(halves)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from shim.http.errors import Cancelled, TransportError
+from shim.http.errors import TransportError
 from shim.s3 import download, upload
 from tests.fakes.s3_double import Exchange, Object
-from tests.s3_clients import Harness, build_harness, running_double
+from tests.s3_clients import Harness, Stopped, build_harness, running_double, stopping
 from tests.s3_servers import make_certificate
 
 STOP_AFTER_SECONDS = 0.3
@@ -112,11 +112,11 @@ def tls(request: pytest.FixtureRequest, tmp_path: Path) -> ssl.SSLContext | None
 def assert_stop_is_heard(url: str, call: Callable[[Harness, Path], None], path: Path) -> None:
     stop = threading.Event()
     environ = {"AWS_CA_BUNDLE": str(path / "certificate.pem")}
-    harness = build_harness(url, environ=environ, cancelled=stop.is_set)
+    harness = build_harness(url, environ=environ, check=stopping(stop.is_set))
     timer = threading.Timer(STOP_AFTER_SECONDS, stop.set)
     timer.start()
     started = time.monotonic()
-    with pytest.raises(Cancelled):
+    with pytest.raises(Stopped):
         call(harness, path)
     assert time.monotonic() - started < STOP_AFTER_SECONDS + HEARD_SECONDS
     timer.join()
@@ -250,9 +250,15 @@ def test_a_stop_is_heard_before_a_file_is_read_on(
     monkeypatch.setattr(os, "preadv", count)
     fd = os.open(path, os.O_RDONLY)
     enough = 2 if step == "preadv" else 10
-    file = upload.File(fd, 8 << 20, "key", lambda: len(reads) >= enough)
-    with pytest.raises(Cancelled):
-        list(upload.FileBody(file, start=0, size=8 << 20, with_sha256=True).blocks())
+    file = upload.File(fd, 8 << 20, "key", stopping(lambda: len(reads) >= enough))
+    body = upload.FileBody(file, start=0, size=8 << 20)
+
+    def sum_and_send() -> None:
+        body.sum(with_sha256=True)
+        list(body.blocks())
+
+    with pytest.raises(Stopped):
+        sum_and_send()
     os.close(fd)
     assert enough == len(reads)
 
@@ -279,8 +285,8 @@ def test_a_stop_is_heard_while_a_download_is_verified(
 
         double.faults = [announce]
         harness = build_harness(double.url)
-        harness.cancelled = lambda: len(reads) >= 2
-        with pytest.raises(Cancelled):
+        harness.check = stopping(lambda: len(reads) >= 2)
+        with pytest.raises(Stopped):
             harness.download(tmp_path / "file")
     assert (2, []) == (len(reads), os.listdir(tmp_path))
 
@@ -302,9 +308,9 @@ def test_parts_are_taken_back_after_a_stop_but_not_for_ever(
             exchange.answer()
 
         double.always = stop_in_the_middle
-        harness = build_harness(double.url, cancelled=stop.is_set)
+        harness = build_harness(double.url, check=stopping(stop.is_set))
         started = time.monotonic()
-        with pytest.raises(Cancelled):
+        with pytest.raises(Stopped):
             harness.upload(source)
         assert time.monotonic() - started < 1 + HEARD_SECONDS
         assert "AbortMultipartUpload" == double.operations()[-1]
@@ -327,7 +333,7 @@ def test_a_result_has_its_patience_with_a_slow_server(tmp_path: Path) -> None:
             exchange.answer()
 
         double.always = answer_slowly
-        client = build_harness(double.url, cancelled=lambda: True).client
+        client = build_harness(double.url, check=stopping(lambda: True)).client
         client.put("bucket", "key", b"result", persistent=True)
         assert b"result" == double.buckets["bucket"]["key"].body
 
@@ -335,8 +341,8 @@ def test_a_result_has_its_patience_with_a_slow_server(tmp_path: Path) -> None:
 def test_the_patience_for_a_result_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shim.s3.client.PATIENCE_SECONDS", 1.0)
     with running_server(trickle(OK, b"A: b\r\n")) as url:
-        client = build_harness(url, cancelled=lambda: True).client
+        client = build_harness(url, check=stopping(lambda: True)).client
         started = time.monotonic()
-        with pytest.raises(Cancelled):
+        with pytest.raises(Stopped):
             client.put("bucket", "key", b"result", persistent=True)
         assert time.monotonic() - started < 1 + HEARD_SECONDS

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shim.http.connection import never
-from shim.http.errors import Cancelled, RemoteError, TransportError
+from shim.http.errors import RemoteError, TransportError
+from shim.http.stream import unchecked
 from shim.s3 import download, pace, upload
 from shim.s3.checksums import combine_crc32
 from shim.s3.crew import Crew
@@ -38,7 +38,7 @@ from tests.fakes.s3_double import (
     truncate,
     work,
 )
-from tests.s3_clients import Harness, build_harness, download_to, running_double
+from tests.s3_clients import Harness, Stopped, build_harness, download_to, running_double, stopping
 from tests.support import limit_rate, poll
 
 PART = 100_000
@@ -699,8 +699,9 @@ def test_a_file_that_changes_between_sum_and_sending_is_not_stored(
     double: S3Double, source: Path, change: Callable[[Path], None]
 ) -> None:
     fd = os.open(source, os.O_RDONLY)
-    file = upload.File(fd, source.stat().st_size, "key", never)
-    body = upload.FileBody(file, start=0, size=PART, with_sha256=False)
+    file = upload.File(fd, source.stat().st_size, "key", unchecked)
+    body = upload.FileBody(file, start=0, size=PART)
+    body.sum(with_sha256=False)
     assert source.read_bytes()[:PART] == b"".join(map(bytes, body.blocks()))
     change(source)
     with pytest.raises(FileChanged):
@@ -783,7 +784,7 @@ def downloads(double: S3Double, directory: Path, number: int) -> Iterator[Downlo
 
 
 def transfers(harness: Harness, **options: object) -> Transfers:
-    arguments = {"concurrency": 4, "cancelled": lambda: False, **options}
+    arguments = {"concurrency": 4, "check": unchecked, **options}
     return Transfers(harness.client, **arguments)  # type: ignore[arg-type]
 
 
@@ -817,7 +818,7 @@ def test_a_server_that_throttles_has_all_threads_slow_down_together(
     double.faults = [throttle] * 8 + [note] * 4
     harness = build_harness(double.url, concurrency=8)
     items = downloads(double, tmp_path, 40)
-    Transfers(harness.client, concurrency=8, cancelled=lambda: False).download_all(items)
+    Transfers(harness.client, concurrency=8, check=unchecked).download_all(items)
     assert 8 == double.most_active
     assert max(active) <= 4
     assert sum(harness.sleeps) > 0
@@ -873,8 +874,8 @@ def test_a_stop_ends_the_upload_of_a_vast_file(double: S3Double, harness: Harnes
         path = Path(directory, "vast")
         path.touch()
         os.truncate(path, 1 << 40)
-        harness.cancelled = lambda: "UploadPart" in double.operations()
-        with pytest.raises(Cancelled):
+        harness.check = stopping(lambda: "UploadPart" in double.operations())
+        with pytest.raises(Stopped):
             harness.upload(path)
     assert ({}, {}) == (double.buckets["bucket"], double.uploads)
 
@@ -889,8 +890,8 @@ def test_a_stop_ends_what_is_under_way(double: S3Double, harness: Harness, tmp_p
 
     stalled = threading.Event()
     double.faults = [stall] * 4
-    with pytest.raises(Cancelled):
-        transfers(harness, cancelled=stop.is_set).download_all(downloads(double, tmp_path, 9))
+    with pytest.raises(Stopped):
+        transfers(harness, check=stopping(stop.is_set)).download_all(downloads(double, tmp_path, 9))
     stalled.set()
     assert [] == os.listdir(tmp_path)
 
@@ -923,7 +924,7 @@ def test_a_system_without_threads_is_served_by_the_caller(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse_start)
-        crew = Crew(concurrency=4, cancelled=lambda: False)
+        crew = Crew(concurrency=4, check=unchecked)
         steps = iter(items)
         done: list[Download] = []
         crew.run(lambda: bool((item := next(steps, None)) and not done.append(item)))
@@ -943,7 +944,7 @@ def test_threads_have_small_stacks() -> None:
         return False
 
     before = data_kib()
-    Crew(concurrency=number, cancelled=lambda: False).run(step)
+    Crew(concurrency=number, check=unchecked).run(step)
     assert max(sizes) - before < number * 2048  # and not the default, 8 MiB
 
 

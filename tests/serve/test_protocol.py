@@ -431,7 +431,7 @@ def test_unhealthy_ping_is_503_and_empty(service: Service) -> None:
         pytest.param(chunked(b"-1\r\n"), 400, id="chunk-size-negative"),
         pytest.param(chunked(b"0x1\r\na\r\n"), 400, id="chunk-size-prefixed"),
         pytest.param(chunked(b"1\na\r\n"), 400, id="chunk-size-bare-lf"),
-        pytest.param(chunked(b"123456789\r\n"), 400, id="chunk-size-long"),
+        pytest.param(chunked(b"123456789\r\n"), 413, id="chunk-size-long"),
         pytest.param(chunked(b"1;" + b"x" * 300 + b"\r\n"), 400, id="chunk-extension-long"),
         pytest.param(chunked(b"1\r\nab\r\n"), 400, id="chunk-longer-than-size"),
         pytest.param(chunked(b"600001\r\n"), 413, id="chunk-too-large"),

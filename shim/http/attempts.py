@@ -1,0 +1,89 @@
+"""The arithmetic of attempts: whether another one may follow, and after how long.
+
+Which failures there are, and what each of them calls for, every service says in a table of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from enum import Enum
+
+LONGEST_DELAY_SECONDS = 20.0
+LOUD_ATTEMPT = 3  # the first whose failure is a warning: two are everyday life
+LOUD_SECONDS = 10.0  # after which every failure is
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """What follows a kind of failure.
+
+    base_seconds: the longest delay before the first retry, which doubles with each.
+    limit: how often it may happen; None where it uses up one of the attempts.
+    """
+
+    base_seconds: float = 0.0
+    limit: int | None = None
+
+
+class Attempts:
+    """What has failed of one exchange, and how much more of it may."""
+
+    def __init__(
+        self, policies: Mapping[Enum, Policy], *, most: int, begun: float, resumes: int = 0
+    ) -> None:
+        """begun: by the monotonic clock; resumes: how often a body may break off and make way."""
+        self._policies, self._most, self._begun, self._resumes = policies, most, begun, resumes
+        self.kinds: list[Enum] = []
+        self.failed = self._resumed = 0
+
+    def add(self, kind: Enum, *, is_further: bool = False) -> bool:
+        """Count a failure; return whether another attempt may follow.
+
+        is_further: bytes of the body had arrived since the last one, so that all attempts are left.
+        """
+        limit = self._policies[kind].limit
+        self.kinds.append(kind)
+        if is_further and self._resumed < self._resumes:
+            self.failed, self._resumed = 0, self._resumed + 1
+        elif limit is None:
+            self.failed += 1
+        return self.failed < self._most if limit is None else self.kinds.count(kind) <= limit
+
+    @property
+    def retries(self) -> int:
+        """How often the request was repeated, after its last attempt."""
+        is_counted = self._policies[self.kinds[-1]].limit is None
+        return self.failed - 1 if is_counted else self.failed
+
+    def is_loud(self, now: float) -> bool:
+        """Tell whether others should hear of the last one."""
+        counted = [kind for kind in self.kinds if self._policies[kind].limit is None]
+        return len(counted) >= LOUD_ATTEMPT or now - self._begun >= LOUD_SECONDS
+
+    def describe(self) -> str:
+        """Say which one it was, of how many."""
+        if self.failed:
+            return f"attempt {self.failed} of {self._most} failed"
+        return f"broke off, {self._resumed} of {self._resumes} times"
+
+
+def delay_seconds(
+    policy: Policy, *, retry: int, headers: Mapping[str, str], random: float
+) -> float:
+    """Return how long to wait before retry number 1, 2, ...; random: of 0 to 1."""
+    longest: float = policy.base_seconds * 2 ** (retry - 1)
+    delay = random * min(longest, LONGEST_DELAY_SECONDS)
+    return max(delay, min(_asked_seconds(headers), LONGEST_DELAY_SECONDS))
+
+
+def _asked_seconds(headers: Mapping[str, str]) -> float:
+    """Return what the server asks for; the form of Retry-After with a date is left aside."""
+    for name, unit in (("x-amz-retry-after", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        if value.isascii() and value.isdecimal():
+            return int(value) * unit
+    return 0.0
