@@ -72,7 +72,7 @@ def carried_bundle() -> str:
 
 
 @cache
-def settle() -> None:
+def load_everything() -> None:
     """Load all that is left to load, and remove the directory that it came from: rule 3.
 
     Where nothing is frozen, what a failure needs: its report is to depend on nothing later.

@@ -17,7 +17,7 @@ from shim.http.trust import Trust
 from shim.s3.checksums import ChecksumPolicy
 from shim.s3.client import S3Client
 from shim.s3.endpoints import EndpointConfiguration
-from shim.s3.operations import Service
+from shim.s3.operations import Session
 from shim.s3.transfer import Download, Transfers, Upload
 from tests.fakes.s3_double import S3Double
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY
@@ -67,7 +67,7 @@ class Harness:
     """A client with its surroundings."""
 
     client: S3Client
-    service: Service
+    session: Session
     sleeps: list[float] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     check: Callable[[], None] = unchecked
@@ -99,7 +99,7 @@ def build_harness(
     lines: list[str] = []
     environ = environ or {}
     transport = Transport(proxies=Proxies(environ), trust=Trust(environ), max_connections=8)
-    service = Service(
+    session = Session(
         configuration=EndpointConfiguration(region=region, endpoint_url=url),
         credentials=credentials
         or OneIdentity(Credentials(access_key=ACCESS_KEY, secret_key=SECRET_KEY)),
@@ -113,7 +113,7 @@ def build_harness(
         monotonic=lambda: sum(sleeps),
     )
     return Harness(
-        client=S3Client(service), service=service, sleeps=sleeps, lines=lines, check=check
+        client=S3Client(session), session=session, sleeps=sleeps, lines=lines, check=check
     )
 
 

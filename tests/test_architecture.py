@@ -23,7 +23,7 @@ process: sockets namespaces
 files: workspace locks archives exposure
 http: errors urls attempts wire stream tls connection proxies trust transport loopback
 aws: errors sigv4 profiles xml endpoints sources credentials
-s3: errors checksums endpoints documents retries crew buffers store operations pace
+s3: errors checksums endpoints documents retries throttle crew buffers store operations pace
 s3: download upload directory client transfer
 runner: modes invoke_mode inputs results task runtime
 check: preflight

@@ -29,6 +29,7 @@ from shim.aws.profiles import Profile
 from shim.aws.sigv4 import Credentials
 from shim.aws.xml import Element, parse
 from shim.files.exposure import find_exposure
+from shim.http.attempts import Attempts, Policy
 from shim.http.errors import SettingInvalid, TransportError
 from shim.http.transport import FetchResponse
 from shim.http.urls import Url, parse_url
@@ -50,6 +51,7 @@ CONTAINER_ADDRESS = "http://169.254.170.2"
 CONTAINER_HOSTS = ("localhost", "169.254.170.2", "169.254.170.23", "fd00:ec2::23")
 CONTAINER_TIMEOUT_SECONDS = 2.0
 ATTEMPTS = 3
+UNAVAILABLE = "unavailable"
 PAUSE_SECONDS = 1.0
 INSTANCE_ADDRESS, INSTANCE_ADDRESS_IPV6 = "http://169.254.169.254", "http://[fd00:ec2::254]"
 INSTANCE_ROLE_PATH = "/latest/meta-data/iam/security-credentials/"
@@ -322,15 +324,14 @@ class Sources:
         )
 
     def _attempt(self, ask: Callable[[], Credentials]) -> Credentials:
-        for _ in range(ATTEMPTS - 1):
+        attempts = Attempts({UNAVAILABLE: Policy()}, most=ATTEMPTS)
+        while True:
             try:
                 return ask()
-            except (TransportError, _Unavailable):
+            except (TransportError, _Unavailable) as error:
+                if not attempts.add(UNAVAILABLE):
+                    raise CredentialsFailed(str(error)) from error
                 self.sleep(PAUSE_SECONDS)
-        try:
-            return ask()
-        except TransportError as error:
-            raise CredentialsFailed(str(error)) from error
 
     def _ask(
         self,

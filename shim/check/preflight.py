@@ -113,7 +113,7 @@ def examine(
             yield Finding(ERROR, subject, f"could not be checked: {error}")
 
 
-def tell(finding: Finding, log: Log) -> None:
+def write_finding(finding: Finding, log: Log) -> None:
     """Write a finding as a line for people, or as the shim's own line of its level."""
     message = " ".join(finding.message.splitlines())
     if log.is_text:
@@ -124,7 +124,7 @@ def tell(finding: Finding, log: Log) -> None:
         log.lines([f"{finding.subject}: {message}"], level=level, internal=True, task=None)
 
 
-def tell_verdict(findings: Sequence[Finding], log: Log) -> None:
+def write_verdict(findings: Sequence[Finding], log: Log) -> None:
     """Write how much was found, as the last line."""
     counts = [
         (sum(finding.level == level for finding in findings), level) for level in (ERROR, WARNING)

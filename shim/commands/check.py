@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
         is_read_only=arguments.read_only,
     ):
         stop.check()
-        preflight.tell(finding, log)
+        preflight.write_finding(finding, log)
         findings.append(finding)
-    preflight.tell_verdict(findings, log)
+    preflight.write_verdict(findings, log)
     return int(any(finding.level == preflight.ERROR for finding in findings))

@@ -17,7 +17,7 @@ from shim.contract.settings import RESULT_VARIABLES, VARIABLES, Settings
 from shim.contract.tasks import RuntimeSetupResult
 from shim.files.exposure import find_exposure, never_exposed
 from shim.files.workspace import Workspace
-from shim.frozen import carried_bundle, settle
+from shim.frozen import carried_bundle, load_everything
 from shim.http.errors import RemoteError
 from shim.log.log import Log
 from shim.process.users import User, image_user, is_ourselves
@@ -108,7 +108,7 @@ class Job:
 
     def complete(self) -> None:
         """Do what the first answer to /ping need not wait for."""
-        settle()
+        load_everything()
         self._late.connect()
 
     @contextmanager

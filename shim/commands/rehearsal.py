@@ -67,7 +67,7 @@ def plan_rehearsal(
     if cmd:
         settings = replace(settings, entrypoint=None, cmd=cmd)
     settings = replace(settings, runtime_output_bucket_name=None, runtime_output_prefix=None)
-    settings, variables = _confine(settings, scratch) if scratch else (_spare(settings), {})
+    settings, variables = _confine(settings, scratch) if scratch else (_refuse_filled(settings), {})
     task = InferenceTask(
         pk=PK,
         inputs=(
@@ -154,7 +154,7 @@ def _confine(settings: Settings, scratch: Path) -> tuple[Settings, dict[str, str
     )
 
 
-def _spare(settings: Settings) -> Settings:
+def _refuse_filled(settings: Settings) -> Settings:
     """Refuse to empty what somebody filled: outside a container it may be dear to them."""
     for path in (settings.input_path, settings.output_path):
         is_replaced = path == settings.input_path and path.is_symlink()

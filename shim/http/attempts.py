@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from enum import Enum
+    from typing import Any
 
 LONGEST_DELAY_SECONDS = 20.0
 LOUD_ATTEMPT = 3  # the first whose failure is a warning: two are everyday life
@@ -33,14 +33,17 @@ class Attempts:
     """What has failed of one exchange, and how much more of it may."""
 
     def __init__(
-        self, policies: Mapping[Enum, Policy], *, most: int, begun: float, resumes: int = 0
+        self, policies: Mapping[Any, Policy], *, most: int, begun: float = 0.0, resumes: int = 0
     ) -> None:
-        """begun: by the monotonic clock; resumes: how often a body may break off and make way."""
+        """policies: by the kinds that a service tells apart.
+
+        begun: by the monotonic clock; resumes: how often a body may break off and make way.
+        """
         self._policies, self._most, self._begun, self._resumes = policies, most, begun, resumes
-        self.kinds: list[Enum] = []
+        self.kinds: list[object] = []
         self.failed = self._resumed = 0
 
-    def add(self, kind: Enum, *, is_further: bool = False) -> bool:
+    def add(self, kind: object, *, is_further: bool = False) -> bool:
         """Count a failure; return whether another attempt may follow.
 
         is_further: bytes of the body had arrived since the last one, so that all attempts are left.

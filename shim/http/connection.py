@@ -337,7 +337,7 @@ class Response:
         self._chunk: int | None = None  # of which so much is to come; None: none has begun
 
     @property
-    def tells_its_end(self) -> bool:
+    def has_known_end(self) -> bool:
         """Whether a body that broke off can be told from one that is complete."""
         return self._is_chunked or self.remaining is not None
 

@@ -23,7 +23,7 @@ import stat
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from shim.frozen import settle
+from shim.frozen import load_everything
 from shim.process import descendants
 from shim.process.privacy import PR_SET_NO_NEW_PRIVS, find_prctl, forbid_inspection
 from shim.process.users import User
@@ -89,7 +89,7 @@ class StartError(OSError):
 
 def launch(spec: ProcessSpec) -> Launched:
     """Start a command; return when it runs. Raises StartError."""
-    settle()
+    load_everything()
     is_hidden = forbid_inspection()
     command = _Command.from_spec(spec)
     with ExitStack() as ours:

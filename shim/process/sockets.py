@@ -24,7 +24,7 @@ _LOCAL, _REMOTE, _STATE, _UID, _INODE = 1, 2, 3, 7, 9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Connection:
+class Ends:
     """An accepted TCP connection over IPv4: (host, port) of both ends."""
 
     client: tuple[str, int]
@@ -43,7 +43,7 @@ class Client:
     uid: int | None = None
 
 
-def find_client(connection: Connection) -> Client:
+def find_client(connection: Ends) -> Client:
     """Say who is at the other end of a connection.
 
     The uid is that of who made the socket, whoever has it now, as our user namespace knows it.
@@ -67,7 +67,7 @@ def find_listening_ports() -> list[int]:
     )
 
 
-def _find_rows(connection: Connection) -> Iterator[list[bytes]]:
+def _find_rows(connection: Ends) -> Iterator[list[bytes]]:
     """Yield the rows of the client's end, of which there is one at most."""
     for table, form in _TABLES.items():
         ends = f"{_format(connection.client, form)} {_format(connection.server, form)}".encode()

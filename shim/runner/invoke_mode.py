@@ -57,7 +57,7 @@ class InvokeMode(BaseMode):
             self.teardown()
             raise UserSafeError(message) from error
         except UserSafeError as error:
-            self._tell_death(f"Could not start server: {error}", task=None)
+            self._report_death(f"Could not start server: {error}", task=None)
             self.teardown()
             raise UserSafeError(START_MESSAGE) from error
 
@@ -76,7 +76,7 @@ class InvokeMode(BaseMode):
             ending = self._process.wait(timeout=None, grace=timedelta(0), stop=self._stop)
             if ending.oom_killed:
                 return_code, message = read_ending(ending)
-            self._tell_death("The inference server has ended", task=task.pk)
+            self._report_death("The inference server has ended", task=task.pk)
         if message:
             self._log.error(message, internal=False, task=task.pk)
         return Outcome(
@@ -171,7 +171,7 @@ class InvokeMode(BaseMode):
     def _is_abandoned(self) -> bool:
         return self._stop.requested or self._process is None or self._process.poll() is not None
 
-    def _tell_death(self, message: str, *, task: str | None) -> None:
+    def _report_death(self, message: str, *, task: str | None) -> None:
         """Show the author how the server ended and what it said last."""
         code = None if self._process is None else self._process.poll()
         if code is not None:

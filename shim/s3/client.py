@@ -33,7 +33,7 @@ from shim.s3.documents import Page, parse_page
 from shim.s3.download import ObjectReader, download
 from shim.s3.endpoints import EndpointConfiguration
 from shim.s3.errors import S3ClientError
-from shim.s3.operations import Operation, Service, read_headers
+from shim.s3.operations import Operation, Session, read_headers
 from shim.s3.retries import PERSISTENT_ATTEMPTS, configured_attempts
 from shim.s3.store import ObjectHead, ObjectSummary
 from shim.s3.upload import upload
@@ -42,7 +42,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import BinaryIO
 
-    from shim.s3.store import Log, Store
+    from shim.s3.store import Report, Store
 
 PAGE_LIMIT_BYTES = 16 << 20
 # By precedence, as for other endpoints: a profile cannot name a directory.
@@ -54,21 +54,21 @@ PATIENCE_SECONDS = 8.0
 class S3Client:
     """Objects in S3."""
 
-    def __init__(self, service: Service, *, warnings: Sequence[str] = ()) -> None:
+    def __init__(self, session: Session, *, warnings: Sequence[str] = ()) -> None:
         """warnings: about files that were ignored."""
-        self._service, self.warnings = service, warnings
+        self._session, self.warnings = session, warnings
 
     def get(self, bucket: str, key: str, *, max_bytes: int) -> bytes:
         """Return a whole object, refuse one that is longer."""
         uri = f"s3://{bucket}/{key}"
 
         def consume(response: Response) -> bytes:
-            if not response.tells_its_end:
+            if not response.has_known_end:
                 raise TransportError("The answer does not tell the object's length")
             if (response.remaining or 0) > max_bytes:
                 raise S3ClientError(f"{uri} is longer than {max_bytes} bytes")
             body = response.read(max_bytes)
-            checksum = self._service.checksum(response.headers)
+            checksum = self._session.checksum(response.headers)
             checksum.update(body)
             checksum.verify(uri)
             return body
@@ -77,7 +77,7 @@ class S3Client:
         operation = Operation(
             name="GetObject", method="GET", bucket=bucket, key=key, headers=headers
         )
-        return self._service.call(operation, consume)
+        return self._session.call(operation, consume)
 
     def put(
         self,
@@ -99,17 +99,17 @@ class S3Client:
         operation = Operation(
             name="PutObject", method="PUT", bucket=bucket, key=key, headers=headers, body=body
         )
-        self._service.call(
+        self._session.call(
             operation,
             read_headers,
-            check=_with_patience(self._service.check) if persistent else None,
+            check=_with_patience(self._session.check) if persistent else None,
             attempts=PERSISTENT_ATTEMPTS if persistent else 0,
         )
 
     def head(self, bucket: str, key: str) -> ObjectHead:
         """Describe an object."""
         operation = Operation(name="HeadObject", method="HEAD", bucket=bucket, key=key)
-        headers = self._service.call(operation, read_headers)
+        headers = self._session.call(operation, read_headers)
         prefix = "x-amz-meta-"
         return ObjectHead(
             size=int(headers.get("content-length", 0)),
@@ -123,12 +123,12 @@ class S3Client:
 
     def head_bucket(self, bucket: str) -> None:
         """Ask whether there is such a bucket, and whether it may be listed."""
-        self._service.call(Operation(name="HeadBucket", method="HEAD", bucket=bucket), read_headers)
+        self._session.call(Operation(name="HeadBucket", method="HEAD", bucket=bucket), read_headers)
 
     def delete(self, bucket: str, key: str) -> None:
         """Remove an object; one that is missing is removed."""
         operation = Operation(name="DeleteObject", method="DELETE", bucket=bucket, key=key)
-        self._service.call(operation, read_headers)
+        self._session.call(operation, read_headers)
 
     def probe(self, bucket: str, prefix: str) -> None:
         """Write a small object below a prefix, and remove it again."""
@@ -155,41 +155,41 @@ class S3Client:
 
     def _page(self, bucket: str, query: tuple[tuple[str, str], ...]) -> Page:
         operation = Operation(name="ListObjectsV2", method="GET", bucket=bucket, query=query)
-        return self._service.call(
+        return self._session.call(
             operation, lambda response: parse_page(response.read(PAGE_LIMIT_BYTES))
         )
 
     def open(self, bucket: str, key: str) -> BinaryIO:
         """Open an object for reading in order; it is verified as its last byte is read."""
-        return io.BufferedReader(ObjectReader(self._service, bucket, key).ask(), 1 << 18)
+        return io.BufferedReader(ObjectReader(self._session, bucket, key).ask(), 1 << 18)
 
     def download(
         self, bucket: str, key: str, directory: int, name: str, *, crew: Crew | None = None
     ) -> None:
         """Make the name in an open directory hold the object's bytes, or leave it as it was."""
-        download(self._service, bucket, key, directory, name, crew or self._alone())
+        download(self._session, bucket, key, directory, name, crew or self._alone())
 
     def upload(
         self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
     ) -> None:
         """Store a file, whose size must not change; its position is neither used nor moved."""
-        upload(self._service, bucket, key, fd, size, crew or self._alone())
+        upload(self._session, bucket, key, fd, size, crew or self._alone())
 
     def find_credentials(self) -> str:
         """Find credentials, as the first request would; return where they come from."""
-        return self._service.find_credentials()
+        return self._session.find_credentials()
 
     @property
     def trust(self) -> Trust:
         """Whom the connections trust."""
-        return self._service.trust
+        return self._session.trust
 
     def close(self) -> None:
         """Close kept connections."""
-        self._service.close()
+        self._session.close()
 
     def _alone(self) -> Crew:
-        return Crew(concurrency=0, check=self._service.check)
+        return Crew(concurrency=0, check=self._session.check)
 
 
 def _with_patience(check: Callable[[], None]) -> Callable[[], None]:
@@ -213,7 +213,7 @@ def connect(
     *,
     concurrency: int,
     max_connections: int,
-    log: Log,
+    log: Report,
     run_helper: Callable[[list[str], float], bytes],
     check: Callable[[], None] = unchecked,
     carried_bundle: str = "",
@@ -260,7 +260,7 @@ def connect(
     for warning in warnings:
         log("WARNING", warning)
     return S3Client(
-        Service(
+        Session(
             configuration=configuration,
             credentials=credentials,
             transport=transport,

@@ -28,7 +28,7 @@ from shim.s3.buffers import borrow_buffer
 from shim.s3.checksums import Checksum, combine_crc32, encode_crc32
 from shim.s3.crew import MOST_HELPERS, Crew, Work
 from shim.s3.errors import IntegrityError, ObjectChanged, S3ClientError, ServiceError
-from shim.s3.operations import Operation, Service
+from shim.s3.operations import Operation, Session
 from shim.s3.pace import Pace
 from shim.s3.retries import RESUMES
 
@@ -75,7 +75,7 @@ class _Version:
         """Check an answer to prepare(); return where it begins: at start, or at 0."""
         content_range = response.headers.get("content-range", "")
         is_whole = response.status == 200 and not content_range
-        if not response.tells_its_end:
+        if not response.has_known_end:
             raise TransportError("The answer does not tell the object's length")
         if not self.is_known and not is_whole:
             raise TransportError("The answer is a part of the object, and all of it was asked for")
@@ -177,9 +177,9 @@ class _Whole(_Range):
 
     takes_whole = True
 
-    def __init__(self, service: Service, version: _Version, fd: int, crew: Crew) -> None:
+    def __init__(self, session: Session, version: _Version, fd: int, crew: Crew) -> None:
         super().__init__(version, fd, 0, 0, self._widen)
-        self._service, self._crew = service, crew
+        self._session, self._crew = session, crew
         self._first = self._end = 0  # of the bytes that nobody has taken
         self._parts: list[_Range] = []
         self._returned: list[_Range] = []
@@ -189,7 +189,7 @@ class _Whole(_Range):
     def fetch(self) -> None:
         """Fetch and verify the object."""
         try:
-            self._service.perform(self, check=self._crew.check)
+            self._session.perform(self, check=self._crew.check)
             if self._work:
                 self._crew.finish(self._work)
         finally:
@@ -247,7 +247,7 @@ class _Whole(_Range):
             part = _Range(self.version, self._fd, self._end, stop, self._widen)
             self._parts.append(part)
         try:
-            self._service.perform(part, check=self._crew.check)
+            self._session.perform(part, check=self._crew.check)
         except _RangesIgnored:
             with self._lock:
                 self._parts.remove(part)
@@ -261,10 +261,10 @@ class _Whole(_Range):
         rest = _Range(self.version, self._fd, start, stop, self._widen)
         rest.takes_whole = True
         self._parts = [part for part in self._parts if not start <= part.start < stop] + [rest]
-        self._service.perform(rest, check=self._crew.check)
+        self._session.perform(rest, check=self._crew.check)
 
     def _verify(self) -> None:
-        checksum = self._service.checksum(self.version.headers)
+        checksum = self._session.checksum(self.version.headers)
         if checksum.algorithm == "crc32":
             parts = sorted(self._parts, key=lambda part: part.start)
             crc = combine_crc32((part.crc, part.stop - part.start) for part in (self, *parts))
@@ -280,17 +280,17 @@ class _Whole(_Range):
 
 
 def download(
-    service: Service, bucket: str, key: str, directory: int, name: str, crew: Crew
+    session: Session, bucket: str, key: str, directory: int, name: str, crew: Crew
 ) -> None:
     """Make the name in an open directory hold the object; on failure it is as it was."""
     try:
-        _download_once(service, bucket, key, directory, name, crew)
+        _download_once(session, bucket, key, directory, name, crew)
     except (ObjectChanged, IntegrityError):
-        _download_once(service, bucket, key, directory, name, crew)
+        _download_once(session, bucket, key, directory, name, crew)
 
 
 def _download_once(
-    service: Service, bucket: str, key: str, directory: int, name: str, crew: Crew
+    session: Session, bucket: str, key: str, directory: int, name: str, crew: Crew
 ) -> None:
     temporary = f".{os.urandom(12).hex()}.part"
     version = _Version(bucket, key)
@@ -298,7 +298,7 @@ def _download_once(
     fd = os.open(temporary, flags, FILE_MODE, dir_fd=directory)
     try:
         os.fchmod(fd, FILE_MODE)  # whatever the umask
-        _Whole(service, version, fd, crew).fetch()
+        _Whole(session, version, fd, crew).fetch()
         os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException as error:
         with suppress(OSError):  # somebody else may write into the directory too
@@ -317,16 +317,16 @@ class ObjectReader(io.RawIOBase):
     The checksum is compared with the last byte: IntegrityError instead of it.
     """
 
-    def __init__(self, service: Service, bucket: str, key: str) -> None:
+    def __init__(self, session: Session, bucket: str, key: str) -> None:
         super().__init__()
-        self._service, self._version = service, _Version(bucket, key)
+        self._session, self._version = session, _Version(bucket, key)
         self.position = self._breaks = 0
         self._response: Response | None = None
 
     def ask(self) -> ObjectReader:
         """Send the request, so that an object which is missing is known at once; return self."""
-        self._response = self._service.perform(self)
-        self._checksum = self._service.checksum(self._version.headers)
+        self._response = self._session.perform(self)
+        self._checksum = self._session.checksum(self._version.headers)
         return self
 
     def prepare(self) -> Operation:
@@ -349,7 +349,7 @@ class ObjectReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read at least a byte, 0 at the end."""
-        self._service.check()
+        self._session.check()
         view = memoryview(buffer).cast("B")
         if self.position == self._version.size or not view:
             return 0
@@ -374,12 +374,12 @@ class ObjectReader(io.RawIOBase):
                 self._breaks += 1
                 if self._breaks > RESUMES:
                     raise
-                self._service.finish(self._response)
-                self._service.wait(error, self._breaks, f"The stream of {self._version.uri}")
-                self._response = self._service.perform(self)
+                self._session.finish(self._response)
+                self._session.wait(error, self._breaks, f"The stream of {self._version.uri}")
+                self._response = self._session.perform(self)
 
     def close(self) -> None:
         """Give the connection back, or up where there is more to read."""
         if not self.closed and self._response is not None:
-            self._service.finish(self._response)
+            self._session.finish(self._response)
         super().close()

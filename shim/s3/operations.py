@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from shim.s3.checksums import Checksum, ChecksumPolicy
 from shim.s3.endpoints import EndpointConfiguration, resolve
 from shim.s3.errors import IntegrityError, ServiceError
 from shim.s3.retries import Kind
+from shim.s3.throttle import Throttle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from shim.aws.credentials import CredentialProvider
     from shim.http.connection import Body
     from shim.http.trust import Trust
-    from shim.s3.store import Log
+    from shim.s3.store import Report
 
     T = TypeVar("T", covariant=True)
 
@@ -72,45 +72,6 @@ class Operation:
     read_seconds: float = READ_SECONDS
 
 
-class Pace:
-    """How many requests may be under way: all, until the service throttles one of them.
-
-    Then all wait, and half as many go on; each round of successes lets in one more.
-    """
-
-    def __init__(self, *, concurrency: int, monotonic: Callable[[], float]) -> None:
-        self._monotonic = monotonic
-        self._most = self._limit = concurrency
-        self._active = self._successes = 0
-        self._resume_at = 0.0
-        self._lock = threading.Lock()
-
-    def try_enter(self) -> bool:
-        """Begin a request, unless it is too early or others must end first."""
-        with self._lock:
-            if self._active >= self._limit or self._monotonic() < self._resume_at:
-                return False
-            self._active += 1
-            return True
-
-    def leave(self, *, is_success: bool) -> None:
-        """End a request."""
-        with self._lock:
-            self._active -= 1
-            if is_success and self._limit < self._most:
-                self._successes += 1
-                if self._successes >= self._limit:
-                    self._limit, self._successes = self._limit + 1, 0
-
-    def slow_down(self, seconds: float) -> None:
-        """Let everything wait, then half as many go on."""
-        with self._lock:
-            now = self._monotonic()
-            if now >= self._resume_at:  # the others of the same moment do not count again
-                self._limit, self._successes = max(1, min(self._limit, self._active + 1) // 2), 0
-            self._resume_at = max(self._resume_at, now + seconds)
-
-
 class _Call:
     """An exchange whose request is the same each time, and whose answer is consumed at once."""
 
@@ -123,7 +84,7 @@ class _Call:
         return self._operation
 
 
-class Service:
+class Session:
     """S3 as one caller sees it: endpoints, credentials, clock, connections."""
 
     def __init__(
@@ -134,7 +95,7 @@ class Service:
         transport: Transport,
         attempts: int,
         concurrency: int,
-        log: Log,
+        log: Report,
         checksums: ChecksumPolicy = ALL_CHECKSUMS,
         check: Callable[[], None] = unchecked,
         sleep: Callable[[float], None] = time.sleep,
@@ -143,7 +104,7 @@ class Service:
         self.check, self._checksums, self._monotonic = check, checksums, monotonic
         self._configuration, self._credentials = configuration, credentials
         self._transport, self._attempts, self._log, self._sleep = transport, attempts, log, sleep
-        self._pace = Pace(concurrency=concurrency, monotonic=monotonic)
+        self._throttle = Throttle(concurrency=concurrency, monotonic=monotonic)
         self._endpoints: dict[str, tuple[Endpoint, str]] = {}
         self._redirected: set[str] = set()
         self._skew = timedelta(0)
@@ -214,15 +175,15 @@ class Service:
                 result = self._attempt(exchange, operation, request)
                 is_success = True
                 if policy is NO_CHECKSUMS:
-                    self._spare_checksums(operation)
+                    self._drop_checksums(operation)
                 return result
             except (ServiceError, TransportError, IntegrityError) as failure:
                 error = failure
             finally:
-                self._pace.leave(is_success=is_success)
+                self._throttle.leave(is_success=is_success)
             kind = retries.kind_of(error, now=now)
             may_repeat = failures.add(kind, is_further=exchange.position > reached)
-            if not (may_repeat and self._mend(kind, error, credentials, request)):
+            if not (may_repeat and self._prepare_retry(kind, error, credentials, request)):
                 error.retries = failures.retries
                 raise error
             seconds = self._delay_seconds(kind, error, failures.failed)
@@ -310,10 +271,10 @@ class Service:
 
     def _enter(self, check: Callable[[], None]) -> None:
         check()
-        while not self._pace.try_enter():
+        while not self._throttle.try_enter():
             self._pause(0.02, check)
 
-    def _spare_checksums(self, operation: Operation) -> None:
+    def _drop_checksums(self, operation: Operation) -> None:
         """Send a store no more of the checksums without which it has taken an operation."""
         if operation.method == "GET":
             spared = replace(self._checksums, response_checksum=False)
@@ -329,7 +290,7 @@ class Service:
                 f"out from now on; {variable}=when_required leaves them out from the start",
             )
 
-    def _mend(
+    def _prepare_retry(
         self,
         kind: Kind,
         error: RemoteError,
@@ -383,7 +344,7 @@ class Service:
         policy = retries.POLICIES[kind]
         seconds = delay_seconds(policy, retry=retry, headers=headers, random=jitter)
         if kind is Kind.THROTTLED:
-            self._pace.slow_down(seconds)
+            self._throttle.slow_down(seconds)
         return seconds
 
     def _pause(self, seconds: float, check: Callable[[], None]) -> None:

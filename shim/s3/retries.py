@@ -45,7 +45,7 @@ class Kind(Enum):
     FINAL = "give up"
 
 
-POLICIES: dict[Enum, Policy] = {
+POLICIES = {
     Kind.THROTTLED: Policy(base_seconds=1.0),
     Kind.TRANSIENT: Policy(base_seconds=0.05),
     Kind.DAMAGED: Policy(limit=1),

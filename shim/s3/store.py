@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from shim.s3.crew import Crew
 
-    Log = Callable[[str, str], None]  # level, message
+    Report = Callable[[str, str], None]  # level, message
 
     class Store(Protocol):
         """Buckets that hold objects; every method raises S3ClientError."""

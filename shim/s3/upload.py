@@ -27,7 +27,7 @@ from shim.s3.checksums import encode_crc32
 from shim.s3.crew import MOST_HELPERS, Abandoned, Crew
 from shim.s3.documents import build_complete
 from shim.s3.errors import FileChanged, S3ClientError, ServiceError
-from shim.s3.operations import ERROR_LIMIT_BYTES, Operation, Service, error_of, read_headers
+from shim.s3.operations import ERROR_LIMIT_BYTES, Operation, Session, error_of, read_headers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -139,16 +139,16 @@ class _Put:
         return read_headers(response)
 
 
-def upload(service: Service, bucket: str, key: str, fd: int, size: int, crew: Crew) -> None:
+def upload(session: Session, bucket: str, key: str, fd: int, size: int, crew: Crew) -> None:
     """Store a file of that size."""
     operation = partial(Operation, bucket=bucket, key=key)
     file = File(fd, size, key, crew.check)
-    put = partial(_Put, file=file, with_sha256=service.is_plain(bucket))
+    put = partial(_Put, file=file, with_sha256=session.is_plain(bucket))
     if size > SINGLE_BYTES:
-        _Multipart(service, operation, put, size, crew).store()
+        _Multipart(session, operation, put, size, crew).store()
     else:
         exchange = put(partial(operation, name="PutObject"), start=0, size=size)
-        service.perform(exchange, check=crew.check)
+        session.perform(exchange, check=crew.check)
 
 
 class _Multipart:
@@ -156,13 +156,13 @@ class _Multipart:
 
     def __init__(
         self,
-        service: Service,
+        session: Session,
         operation: Callable[..., Operation],
         put: Callable[..., _Put],
         size: int,
         crew: Crew,
     ) -> None:
-        self._service, self._operation, self._put = service, operation, put
+        self._session, self._operation, self._put = session, operation, put
         self._size, self._crew = size, crew
         self._part_bytes = part_bytes(size)
         self._count = -(-size // self._part_bytes)
@@ -198,7 +198,7 @@ class _Multipart:
         query = (("partNumber", str(number)), ("uploadId", self._upload_id))
         operation = partial(self._operation, name="UploadPart", query=query)
         put = self._put(operation, start=start, size=size)
-        headers = self._service.perform(put, check=self._crew.check)
+        headers = self._session.perform(put, check=self._crew.check)
         returned = headers.get("x-amz-checksum-crc32") == put.crc32
         with self._lock:
             part = (number, headers.get("etag", ""), put.crc32 if returned else "")
@@ -230,12 +230,12 @@ class _Multipart:
                 raise error_of(operation, response, body)
             return root
 
-        return self._service.call(operation, consume, check=self._crew.check)
+        return self._session.call(operation, consume, check=self._crew.check)
 
     def _is_complete(self) -> bool:
         operation = self._operation(name="HeadObject", method="HEAD")
         try:
-            headers = self._service.call(operation, read_headers, check=self._crew.check)
+            headers = self._session.call(operation, read_headers, check=self._crew.check)
         except ServiceError:
             return False
         etag = headers.get("etag", "").strip('"')
@@ -254,4 +254,4 @@ class _Multipart:
                 raise Abandoned
 
         with suppress(S3ClientError):  # the error that led here is the one to report
-            self._service.call(operation, read_headers, check=check, attempts=2)
+            self._session.call(operation, read_headers, check=check, attempts=2)

@@ -30,7 +30,7 @@ from socketserver import TCPServer, ThreadingMixIn
 
 from shim.contract.errors import InvalidTasks, NotText, Problem, ShimError, TaskStopped
 from shim.http.wire import FIELD, LENGTH, TOKEN, parse_chunk_size
-from shim.process.sockets import Connection
+from shim.process.sockets import Ends
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,16 +77,16 @@ class Application(Protocol):
     def is_healthy(self) -> bool:
         """Say what `/ping` answers; must not block."""
 
-    def check_client(self, connection: Connection) -> None:
+    def check_client(self, connection: Ends) -> None:
         """Raise Forbidden for a client that may not ask for tasks."""
 
-    def invoke(self, body: bytes, connection: Connection) -> bytes:
+    def invoke(self, body: bytes, connection: Ends) -> bytes:
         """Do the task of a request body; return its result as JSON.
 
         May raise any of ANSWERS' errors.
         """
 
-    def answered(self) -> None:
+    def leave_if_unhealthy(self) -> None:
         """Take note that invoke()'s outcome was written to the client, or that it could not be."""
 
 
@@ -197,7 +197,7 @@ class _Client(io.RawIOBase):
         self._connection = connection
         self._deadline = 0.0
 
-    def give(self, seconds: float) -> None:
+    def set_deadline(self, seconds: float) -> None:
         """Set the deadline."""
         self._deadline = time.monotonic() + min(seconds, self.most_seconds)
 
@@ -261,13 +261,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _receive_head(self) -> bool:
         """Read the request line and the fields; false when the client has no request."""
-        self._client.give(self.limits.idle_seconds)
+        self._client.set_deadline(self.limits.idle_seconds)
         try:
             if not self._input.peek(1):
                 return False
         except _Refused:
             return False
-        self._client.give(self.limits.head_seconds)
+        self._client.set_deadline(self.limits.head_seconds)
         head = bytearray()
         while not head.endswith((b"\n\r\n", b"\n\n")):
             head += self._receive_line(self.limits.head_bytes - len(head), 431 if head else 414)
@@ -320,8 +320,8 @@ class _Handler(BaseHTTPRequestHandler):
         except Forbidden as error:
             raise _Refused(403, str(error)) from error
 
-    def _ends(self) -> Connection:
-        return Connection(client=self.client_address, server=self.connection.getsockname())
+    def _ends(self) -> Ends:
+        return Ends(client=self.client_address, server=self.connection.getsockname())
 
     def _receive_body(self, length: int | None) -> bytes:
         if length is not None and length > self.limits.body_bytes:
@@ -332,7 +332,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self._is_unread:
                 self.send_response_only(100)
                 self.end_headers()
-        self._client.give(self.limits.body_seconds)
+        self._client.set_deadline(self.limits.body_seconds)
         body = self._receive_chunks() if length is None else self._receive_exactly(length)
         self._is_unread = False
         return body
@@ -393,7 +393,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._answer(answer)
         finally:
-            self.server.application.answered()
+            self.server.application.leave_if_unhealthy()
 
     def _answer(self, answer: Answer) -> None:
         """Write an answer, the connection's last if the request was not read to its end."""
@@ -417,7 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _linger(self) -> None:
         """Drop what the client still sends: a reset would take the answer from it unread."""
         self.connection.shutdown(socket.SHUT_WR)
-        self._client.give(self.limits.linger_seconds)
+        self._client.set_deadline(self.limits.linger_seconds)
         received = 0
         with suppress(_Refused):
             while received < self.limits.linger_bytes and (data := self._input.read1()):

@@ -8,7 +8,7 @@ import threading
 from shim.contract.errors import UserSafeError
 from shim.contract.tasks import parse_task
 from shim.log.log import Log
-from shim.process.sockets import Connection, find_client
+from shim.process.sockets import Ends, find_client
 from shim.process.users import resolve_user
 from shim.runner.task import Runner
 from shim.serve.protocol import Busy, Forbidden, Unhealthy
@@ -47,7 +47,7 @@ class Service:
     def is_healthy(self) -> bool:
         return self._is_ready and self._runner.is_healthy
 
-    def check_client(self, connection: Connection) -> None:
+    def check_client(self, connection: Ends) -> None:
         """Refuse the algorithm, and who may have been it: a socket here that nobody has any more.
 
         Raises Forbidden.
@@ -65,7 +65,7 @@ class Service:
             )
             raise Forbidden(FORBIDDEN_MESSAGE)
 
-    def invoke(self, body: bytes, connection: Connection) -> bytes:
+    def invoke(self, body: bytes, connection: Ends) -> bytes:
         """Run the task that body describes and return its result.
 
         Raises Unhealthy, InvalidTasks, Forbidden, Busy while another task runs, and what run_task
@@ -85,7 +85,7 @@ class Service:
         finally:
             self._running.release()
 
-    def answered(self) -> None:
+    def leave_if_unhealthy(self) -> None:
         """Ask to leave once the task that made the container unhealthy has been answered."""
         if self._is_ready and not self._runner.is_healthy:
             self._log.error(UNHEALTHY_MESSAGE)
@@ -95,7 +95,7 @@ class Service:
         """Ask to leave when the image's server has ended although no task is in hand."""
         if self._running.acquire(blocking=False):
             try:
-                self.answered()
+                self.leave_if_unhealthy()
             finally:
                 self._running.release()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shim.check import preflight
-from shim.check.preflight import ERROR, OK, WARNING, Finding, Situation, examine, tell
+from shim.check.preflight import ERROR, OK, WARNING, Finding, Situation, examine, write_finding
 from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import parse_tasks
@@ -786,9 +786,9 @@ def test_verdict_is_the_last_line(
     found: list[str], verdict: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     findings = [Finding(level, "x", "y") for level in found]
-    preflight.tell_verdict(findings, Log(style="text"))
+    preflight.write_verdict(findings, Log(style="text"))
     assert f"{verdict}\n" == capfd.readouterr().out
-    preflight.tell_verdict(findings, Log())
+    preflight.write_verdict(findings, Log())
     assert [("INFO", verdict, True)] == parsed(capfd.readouterr().out)
 
 
@@ -832,14 +832,14 @@ def test_findings_are_lines_for_people_or_the_shims_own(
         Finding(ERROR, "c", "bad"),
     ]
     for finding in findings:
-        tell(finding, Log(style="text"))
+        write_finding(finding, Log(style="text"))
     assert [
         "ok       a             fine",
         "warning  b             two lines \\udcff",
         "error    c             bad",
     ] == capfd.readouterr().out.splitlines()
     for finding in findings:
-        tell(finding, Log())
+        write_finding(finding, Log())
     out, err = capfd.readouterr()
     assert [("INFO", "a: fine", True)] == parsed(out)
     assert [("WARNING", "b: two lines \udcff", True), ("ERROR", "c: bad", True)] == parsed(err)

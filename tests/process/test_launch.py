@@ -238,11 +238,11 @@ def start_without_rights(how: str, groups: str, user: User) -> str:
     """Return the warnings of a command's start and what it is, or what refuses it."""
     program = """
 import os, sys
-from shim.frozen import settle
+from shim.frozen import load_everything
 from shim.process.privacy import find_prctl
 from shim.process.users import User
 from tests.processes import GRACE, NEVER, begin, close
-find_prctl(), settle()  # while the interpreter's files can be read
+find_prctl(), load_everything()  # while the interpreter's files can be read
 if sys.argv[1] == "neither root":
     os.setresgid(65534, 65534, 65534)
     os.setresuid(65534, 65534, 65534)
@@ -364,10 +364,10 @@ def test_unset_path_means_the_default_path() -> None:
 def test_uid_that_cannot_be_switched_is_told() -> None:
     program = """
 import os
-from shim.frozen import settle
+from shim.frozen import load_everything
 from shim.process.users import User
 from tests.processes import run
-settle()
+load_everything()
 if os.geteuid() == 0:
     os.setresuid(65534, 65534, 65534)
 try:

@@ -45,10 +45,10 @@ def test_secrets_are_overwritten_where_the_kernel_shows_them(
 def test_a_process_that_forbids_inspection_gives_its_child_back_to_its_user() -> None:
     program = f"""
 import os, sys
-from shim.frozen import settle
+from shim.frozen import load_everything
 from shim.process.privacy import find_prctl, forbid_inspection
 from tests.processes import GRACE, NEVER, begin, close
-find_prctl(), settle()
+find_prctl(), load_everything()
 os.setresgid(*[{UNPRIVILEGED_UID}] * 3)
 os.setresuid(*[{UNPRIVILEGED_UID}] * 3)
 process = begin("stat", "-c", "%u", "/proc/self/environ", "/proc/%d/environ" % os.getpid())

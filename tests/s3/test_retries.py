@@ -18,8 +18,8 @@ from shim.http.stream import unchecked
 from shim.s3 import retries
 from shim.s3.checksums import ChecksumPolicy
 from shim.s3.errors import ObjectChanged, ServiceError
-from shim.s3.operations import Pace
 from shim.s3.retries import Kind
+from shim.s3.throttle import Throttle
 from shim.s3.transfer import Transfers
 from tests.fakes.s3_double import (
     Exchange,
@@ -386,7 +386,7 @@ def test_a_date_that_cannot_be_read_says_nothing_about_the_clock(date: str) -> N
 
 
 def test_throttling_halves_what_is_under_way_and_successes_bring_it_back() -> None:
-    pace = Pace(concurrency=8, monotonic=lambda: 0.0)
+    pace = Throttle(concurrency=8, monotonic=lambda: 0.0)
     assert [True] * 8 + [False] == [pace.try_enter() for _ in range(9)]
     pace.slow_down(0)
     for _ in range(8):

@@ -212,7 +212,7 @@ def test_what_is_around_a_body_has_a_time_limit(
 ) -> None:
     with running_server(act, tls) as url:
         environ = {"AWS_CA_BUNDLE": str(tmp_path / "certificate.pem")}
-        transport = build_harness(url, environ=environ).service._transport
+        transport = build_harness(url, environ=environ).session._transport
         with pytest.raises(TransportError, match=message):
             transport.fetch("GET", f"{url}/", {}, None, 1.0, False)
 
@@ -221,14 +221,14 @@ def test_a_handshake_has_a_time_limit(tmp_path: Path) -> None:
     make_certificate(tmp_path)
     with running_server(shake_hands_slowly) as url:
         environ = {"AWS_CA_BUNDLE": str(tmp_path / "certificate.pem")}
-        transport = build_harness(url, environ=environ).service._transport
+        transport = build_harness(url, environ=environ).session._transport
         with pytest.raises(TransportError, match="TLS with 127.0.0.1 took over 1 s"):
             transport.fetch("GET", url.replace("http", "https"), {}, None, 1.0, False)
 
 
 def test_connecting_has_a_time_limit() -> None:
     with full_listener() as url:
-        transport = build_harness(url).service._transport
+        transport = build_harness(url).session._transport
         with pytest.raises(TransportError, match=r"Could not connect .* \(timed out\)"):
             transport.fetch("GET", url, {}, None, 1.0, False)
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from shim.contract.errors import InvalidTasks, NotText, Problem, TaskStopped
 from shim.contract.tasks import parse_task
 from shim.log.log import Log
-from shim.process.sockets import Connection
+from shim.process.sockets import Ends
 from shim.serve.protocol import Busy, Forbidden, Limits, Server, Unhealthy, build_server
 from tests.support import poll
 
@@ -43,7 +43,7 @@ class Application:
         self.gate.set()
         self.work: Callable[[threading.Event], object] = threading.Event.wait
         self.bodies: list[bytes] = []
-        self.clients: list[Connection] = []
+        self.clients: list[Ends] = []
         self.is_forbidden = False
         self.finished = 0
         self.answers = 0
@@ -51,12 +51,12 @@ class Application:
     def is_healthy(self) -> bool:
         return self.healthy
 
-    def check_client(self, connection: Connection) -> None:
+    def check_client(self, connection: Ends) -> None:
         self.clients.append(connection)
         if self.is_forbidden:
             raise Forbidden("Not you")
 
-    def invoke(self, body: bytes, connection: Connection) -> bytes:
+    def invoke(self, body: bytes, connection: Ends) -> bytes:
         assert connection in self.clients
         self.bodies.append(body)
         self.work(self.gate)
@@ -65,7 +65,7 @@ class Application:
             raise self.outcome
         return self.outcome
 
-    def answered(self) -> None:
+    def leave_if_unhealthy(self) -> None:
         self.answers += 1
 
 
@@ -357,7 +357,7 @@ def test_what_was_found_is_cut_to_200_characters(
 def test_a_forbidden_client_is_refused_before_its_body(service: Service, request_: bytes) -> None:
     service.application.is_forbidden = True
     with service.connect() as connection:
-        ends = Connection(client=connection.getsockname(), server=connection.getpeername())
+        ends = Ends(client=connection.getsockname(), server=connection.getpeername())
         connection.sendall(request_)
         response = receive(connection)
     assert (403, "Not you", "close") == (
