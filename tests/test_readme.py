@@ -10,7 +10,7 @@ from pathlib import Path
 from shim.cli import COMMAND_SIGNALS, STOP_SIGNALS, build_parser
 from shim.contract.settings import PREFIX, VARIABLES
 from shim.contract.tasks import InferenceResult, parse_tasks
-from shim.log.log import encode_lines
+from shim.log.log import encode, split
 from tests.test_architecture import BUDGETS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -60,7 +60,7 @@ def test_the_members_of_the_result_are_listed_in_order() -> None:
 
 
 def test_the_members_of_a_log_line_are_listed_in_order() -> None:
-    line = encode_lines("x", level="INFO", source="stdout", internal=True, task=None)
+    line = encode(split("x"), level="INFO", source="stdout", internal=True, task=None)
     listed = [word for row in table("Log lines") for word in words(row[0])]
     assert re.findall(r'"(\w+)":', line.decode()) == listed
 

@@ -21,14 +21,6 @@ ALGORITHM = "AWS4-HMAC-SHA256"
 EMPTY_PAYLOAD_HASH = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
 
-# What proxies may change on the way (botocore auth.py: SIGNED_HEADERS_BLACKLIST), and what botocore
-# adds only after it has signed.
-UNSIGNED_HEADERS = frozenset(
-    "accept-encoding baggage connection content-length expect keep-alive proxy-authenticate "
-    "proxy-authorization te traceparent tracestate trailer transfer-encoding upgrade user-agent "
-    "x-amzn-trace-id".split()
-)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Credentials:
@@ -61,7 +53,7 @@ def canonical_query_string(query: Iterable[tuple[str, str]]) -> str:
 
 def signed_headers(headers: Mapping[str, str]) -> str:
     """Name the headers that the signature covers; their names are in lower case already."""
-    return ";".join(sorted(headers.keys() - UNSIGNED_HEADERS))
+    return ";".join(sorted(headers))
 
 
 def canonical_request(

@@ -19,13 +19,13 @@ from shim.contract.command import resolve_argv
 from shim.contract.errors import InvalidSettings, UsageError, UserSafeError
 from shim.contract.settings import PREFIX, VARIABLES, Settings
 from shim.contract.tasks import InferenceIO, InferenceTask, result_key, runtime_setup_key
-from shim.files.workspace import is_mount_point
+from shim.files.descriptors import closing_descriptor, is_mount_point, open_directory
 from shim.frozen import carried_bundle
 from shim.http.errors import RemoteError
 from shim.process.process import MemoryEvents, start
 from shim.process.scripts import find_fault
-from shim.process.users import User, resolve_user
-from shim.runner.modes import resolve_spec
+from shim.process.users import User, image_user, may_make_files, resolve_user
+from shim.runner.user_command import resolve_spec
 from shim.s3.client import S3Client
 from shim.s3.errors import ServiceError
 
@@ -224,22 +224,21 @@ def check_input(situation: Situation) -> Iterator[Finding]:
     path = settings.input_path
     if not settings.use_linked_input or is_mount_point(path):
         # A link of the image's is replaced.
-        obstacle = _find_obstacle(path.parent if path.is_symlink() else path, follow=True)
+        obstacle = _find_obstacle(path.parent if path.is_symlink() else path)
         yield from _judge("input", path, obstacle, "is used in place")
         return
     parent = settings.linked_input_parent
-    obstacle = _find_obstacle(path.parent, follow=True) or _find_obstacle(parent, follow=True)
+    obstacle = _find_obstacle(path.parent) or _find_obstacle(parent)
     yield from _judge("input", path, obstacle, f"becomes a link to a directory below {parent}")
 
 
 def check_output(situation: Situation) -> Iterator[Finding]:
     """Look whether each task can have an empty output directory, and write into it."""
     path = situation.settings.output_path
-    follow = path.is_symlink() and path.lstat().st_uid in (0, os.geteuid())
-    obstacle = _find_obstacle(path, follow=follow)
+    obstacle = _find_obstacle(path)
     yield from _judge("output", path, obstacle, "can be emptied or made")
     user = _find_user(situation)
-    if path.is_dir() and not _may_write(path, user):
+    if path.is_dir() and not may_make_files(path.stat(), user):
         yield Finding(
             WARNING,
             "output",
@@ -253,14 +252,13 @@ def check_writable(situation: Situation) -> Iterator[Finding]:
     settings = situation.settings
     obstacles = {}
     for path in settings.writable_directories:
-        follow = path.is_symlink() and path.lstat().st_uid == 0
-        obstacles[path] = WARNING, _find_obstacle(path, follow=follow)
+        obstacles[path] = WARNING, _find_obstacle(path)
     for source, path in (
         (settings.model, settings.model_dest),
         (settings.ground_truth, settings.ground_truth_dest),
     ):
         if source is not None:
-            obstacles[path] = ERROR, _find_obstacle(path, follow=True)
+            obstacles[path] = ERROR, _find_obstacle(path)
     for path, (level, obstacle) in obstacles.items():
         if obstacle:
             message = f"{path} cannot be made writable: {obstacle}"
@@ -275,7 +273,7 @@ def check_temporary(situation: Situation) -> Iterator[Finding]:
     path = Path(situation.environ.get("TMPDIR") or "/tmp")
     user = _find_user(situation)
     is_made = path in situation.settings.writable_directories
-    if path.is_dir() and (is_made or _may_write(path, user)):
+    if path.is_dir() and (is_made or may_make_files(path.stat(), user)):
         free = os.statvfs(path)
         yield Finding(
             OK, "temporary", f"{path} has {free.f_bavail * free.f_frsize // MIB} MiB free"
@@ -320,26 +318,23 @@ def check_memory(situation: Situation, cgroup: MemoryEvents | None = None) -> It
 def check_storage(situation: Situation) -> Iterator[Finding]:
     """Look at what reaches the buckets, then at the objects that are named."""
     store = situation.connect(situation.settings)
-    try:
-        is_ready = True
-        if isinstance(store, S3Client):
-            for warning in store.warnings:
-                yield Finding(WARNING, "storage", warning)
-            yield from _check_authorities(store, situation)
-            is_ready = yield from _check_credentials(store, situation)
+    is_ready = True
+    if isinstance(store, S3Client):
+        for warning in store.warnings:
+            yield Finding(WARNING, "storage", warning)
+        yield from _check_authorities(store, situation)
+        is_ready = yield from _check_credentials(store, situation)
+    else:
+        yield Finding(OK, "storage", "a directory: needs no network and no credentials")
+    tasks = yield from _check_tasks(store, situation)
+    if is_ready:
+        yield from _check_buckets(store, situation.settings, tasks)
+        if situation.is_read_only:
+            yield Finding(OK, "outputs", "writing is not tried")
         else:
-            yield Finding(OK, "storage", "a directory: needs no network and no credentials")
-        tasks = yield from _check_tasks(store, situation)
-        if is_ready:
-            yield from _check_buckets(store, situation.settings, tasks)
-            if situation.is_read_only:
-                yield Finding(OK, "outputs", "writing is not tried")
-            else:
-                yield from _check_writing(store, situation.settings, tasks)
-            yield from _check_archives(store, situation.settings)
-            yield from _check_inputs(store, [item for task in tasks for item in task.inputs])
-    finally:
-        store.close()
+            yield from _check_writing(store, situation.settings, tasks)
+        yield from _check_archives(store, situation.settings)
+        yield from _check_inputs(store, [item for task in tasks for item in task.inputs])
 
 
 CHECKS = (
@@ -519,20 +514,25 @@ def _judge(subject: str, path: Path, obstacle: str, fate: str) -> Iterator[Findi
         yield Finding(OK, subject, f"{path} {fate}")
 
 
-def _find_obstacle(path: Path, *, follow: bool = False) -> str:
+def _find_obstacle(path: Path) -> str:
     """Say why a directory cannot be made or changed, and what to do; "" when it can."""
-    if path.is_symlink() and not follow:
-        return "it is a link; put a directory in its place"
-    here = Path(os.path.realpath(path)) if follow else path
-    while not os.path.lexists(here):
-        here = here.parent
-    if not here.is_dir():
-        return f"{here} is not a directory; remove it from the image"
-    if os.access(here, os.W_OK | os.X_OK):
-        return ""
-    if os.statvfs(here).f_flag & os.ST_RDONLY:
-        return f"{here} is on a read-only file system; mount a writable one there"
-    return f"{here} is not writable for uid {os.geteuid()}; start the container as root"
+    try:
+        directory = open_directory(path, follow=True)
+    except FileNotFoundError:  # it is made, where a link leads to too
+        return _find_obstacle(Path(os.path.realpath(path)).parent)
+    except OSError:
+        if not os.path.lexists(path):
+            return _find_obstacle(path.parent)
+        if path.is_symlink():
+            return "it is a link; put a directory in its place"
+        return f"{path} is not a directory; remove it from the image"
+    with closing_descriptor(directory):
+        here = f"/proc/self/fd/{directory}"
+        if os.access(here, os.W_OK | os.X_OK):
+            return ""
+        if os.statvfs(here).f_flag & os.ST_RDONLY:
+            return f"{path} is on a read-only file system; mount a writable one there"
+    return f"{path} is not writable for uid {os.geteuid()}; start the container as root"
 
 
 def _find_mounts(path: Path) -> list[str]:
@@ -547,20 +547,6 @@ def _find_mounts(path: Path) -> list[str]:
 def _find_user(situation: Situation) -> User:
     """Return who runs the command; ourselves where that is an error, said elsewhere."""
     try:
-        user = resolve_user(situation.settings.user)
+        return image_user(situation.settings)
     except UserSafeError:
         return User()
-    return user if situation.settings.set_extra_groups else replace(user, groups=())
-
-
-def _may_write(path: Path, user: User) -> bool:
-    """Tell whether the permission bits let the user make files in a directory."""
-    status = path.stat()
-    if user.uid in (None, 0):
-        return True
-    shift = 0
-    if status.st_uid == user.uid:
-        shift = 6
-    elif status.st_gid == user.gid or status.st_gid in user.groups:
-        shift = 3
-    return status.st_mode >> shift & 0o3 == 0o3

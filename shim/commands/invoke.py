@@ -34,9 +34,9 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
     # What can be refused at once is refused before anything is written or contacted.
     tasks = None if is_remote else tasklist.parse(tasklist.read_local(text, file, stop))
     job = Job(environ=environ, stop=stop, title="Invoking the model", style=arguments.style)
-    job.complete()
+    job.prepare()
     if tasks is None:
-        tasks = tasklist.parse(tasklist.read_remote(file, job.store))
+        tasks = tasklist.parse(tasklist.read_remote(file, job.connect()))
     with exclusive(job.settings, job.log), job.ready() as is_ready:
         if is_ready and job.runner.run_tasks(tasks):
             job.log.info("Model invocation complete")

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -24,7 +24,7 @@ from shim.process.users import User, image_user, is_ourselves
 from shim.runner.modes import ExecMode
 from shim.runner.runtime import Runtime, leave_setup_result
 from shim.runner.task import Runner
-from shim.s3.store import LateStore
+from shim.runner.user_command import UserCommand
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,23 +68,26 @@ class Job:
         # With a store of our own there is nobody whom a signature has to convince.
         if store is None and self.settings.signing_key and is_ourselves(self.settings.user):
             self.log.warning(EXPOSED_KEY_MESSAGE)
-        self._late = LateStore(lambda: connect_store(self.settings, environ, self.log, stop))
-        # It passes on whatever a store is asked for.
-        self.store: Store = store or self._late
-        if store is None and self.settings.names_objects:
-            self._late.connect()
+        self.connect = _Once(lambda: store or connect_store(self.settings, environ, self.log, stop))
+        if self.settings.names_objects:
+            self.connect()
         mode = mode_of(self.settings)(
+            command=UserCommand(
+                settings=self.settings,
+                environ=environ,
+                log=self.log,
+                stop=stop,
+                # What a store reads to be connected, the user's code could write.
+                before_start=self.connect,
+            ),
             settings=self.settings,
-            environ=environ,
             log=self.log,
             stop=stop,
             clock=time.monotonic,
-            # What a store reads to be connected, the user's code could write.
-            before_start=self._late.connect if store is None else lambda: None,
         )
         self.runner = Runner(
             settings=self.settings,
-            store=self.store,
+            connect=self.connect,
             mode=mode,
             workspace=Workspace(
                 input_path=self.settings.input_path,
@@ -99,17 +102,17 @@ class Job:
             keep_outputs_on_failure=store is not None,  # of somebody who can look at them
         )
         self._runtime = Runtime(
-            settings=self.settings, store=self.store, mode=mode, log=self.log, stop=stop
+            settings=self.settings, connect=self.connect, mode=mode, log=self.log, stop=stop
         )
 
     def _log_unhandled(self, failure: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
         error = failure.exc_value or failure.exc_type()
         self.log.exception("An exception was not handled", error)
 
-    def complete(self) -> None:
+    def prepare(self) -> None:
         """Do what the first answer to /ping need not wait for."""
         load_everything()
-        self._late.connect()
+        self.connect()
 
     @contextmanager
     def ready(self) -> Iterator[bool]:
@@ -118,7 +121,19 @@ class Job:
             yield self._runtime.setup()
         finally:
             self._runtime.teardown()
-            self.store.close()
+
+
+class _Once:
+    """The store, connected by whoever needs it first."""
+
+    def __init__(self, connect: Callable[[], Store]) -> None:
+        self._connect, self._lock = connect, threading.Lock()
+        self._store: Store | None = None
+
+    def __call__(self) -> Store:
+        with self._lock:
+            self._store = self._store or self._connect()
+            return self._store
 
 
 def mode_of(settings: Settings) -> type[ExecMode | InvokeMode]:
@@ -149,8 +164,9 @@ def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
     if settings.runtime_output_bucket_name is not None:
         log = Log(level=settings.log_level)
         result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
-        store = connect_store(settings, environ, log, stop)
-        leave_setup_result(settings, store, result, log)
+        leave_setup_result(
+            settings, lambda: connect_store(settings, environ, log, stop), result, log
+        )
 
 
 def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop: Stop) -> Store:

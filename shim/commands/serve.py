@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
             if is_ready:
                 service.open()
                 if not wait_readable(stop, service, seconds=QUIET_SECONDS):
-                    job.complete()
+                    job.prepare()
                 while not wait_readable(stop, service, seconds=WATCH_SECONDS):
                     service.notice_death()
                 service.close(timeout_seconds=LEAVE_SECONDS)

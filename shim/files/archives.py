@@ -23,7 +23,7 @@ import zlib
 from contextlib import contextmanager, suppress
 
 from shim.contract.errors import ShimError, UserSafeError
-from shim.files.workspace import closing_descriptor, make_directories
+from shim.files.descriptors import closing_descriptor, make_directories
 from shim.process.users import User, may_read
 
 TYPE_CHECKING = False

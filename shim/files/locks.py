@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shim.contract.errors import UsageError
 from shim.contract.settings import VARIABLES
-from shim.files.workspace import is_mount_point, open_directory
+from shim.files.descriptors import is_mount_point, open_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -63,19 +63,19 @@ class Log:
 
     def debug(self, message: str, *, internal: bool = True, task: str | None = None) -> None:
         """Write a DEBUG line for each line of message."""
-        self.lines(_split(message), level="DEBUG", internal=internal, task=task)
+        self.lines(split(message), level="DEBUG", internal=internal, task=task)
 
     def info(self, message: str, *, internal: bool = True, task: str | None = None) -> None:
         """Write an INFO line for each line of message."""
-        self.lines(_split(message), level="INFO", internal=internal, task=task)
+        self.lines(split(message), level="INFO", internal=internal, task=task)
 
     def warning(self, message: str, *, internal: bool = True, task: str | None = None) -> None:
         """Write a WARNING line for each line of message."""
-        self.lines(_split(message), level="WARNING", internal=internal, task=task)
+        self.lines(split(message), level="WARNING", internal=internal, task=task)
 
     def error(self, message: str, *, internal: bool = True, task: str | None = None) -> None:
         """Write an ERROR line for each line of message."""
-        self.lines(_split(message), level="ERROR", internal=internal, task=task)
+        self.lines(split(message), level="ERROR", internal=internal, task=task)
 
     def exception(self, message: str, error: BaseException) -> None:
         """Write message and the traceback of error as internal ERROR lines."""
@@ -93,7 +93,7 @@ class Log:
             if self.is_text:
                 data = self._text(batch, level=level, source=source, internal=internal)
             else:
-                data = _encode(batch, level=level, source=source, internal=internal, task=task)
+                data = encode(batch, level=level, source=source, internal=internal, task=task)
             self.write(source, data)
 
     def write(self, source: Source, data: bytes) -> None:
@@ -123,20 +123,15 @@ class Log:
         return text.encode("utf-8", "backslashreplace")
 
 
-def encode_lines(
-    text: str, *, level: str, source: Source, internal: bool, task: str | None
-) -> bytes:
-    """Return one or more complete JSON lines for text, which is split as str.splitlines does."""
-    return _encode(_split(text), level=level, source=source, internal=internal, task=task)
-
-
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """Return the lines of a text, as str.splitlines tells them apart; at least one."""
     return text.replace("\0", "").splitlines() or [""]
 
 
-def _encode(
+def encode(
     lines: Sequence[str], *, level: str, source: Source, internal: bool, task: str | None
 ) -> bytes:
+    """Return complete JSON lines, one or more for each."""
     suffix = _suffix(level, source, internal, task)
     room = MAX_LINE_BYTES - len(_PREFIX) - len(suffix)
     escaped = list(map(escape, lines))

@@ -163,8 +163,20 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def may_read(status: os.stat_result, user: User) -> bool:
     """Tell whether the kernel would let the user open the file; its owner always can."""
-    if user.uid in (None, 0, status.st_uid):
+    return user.uid == status.st_uid or _permits(status, user, 0o4)
+
+
+def may_make_files(status: os.stat_result, user: User) -> bool:
+    """Tell whether the kernel would let the user make files in the directory."""
+    return _permits(status, user, 0o3)
+
+
+def _permits(status: os.stat_result, user: User, wanted: int) -> bool:
+    if user.uid in (None, 0):
         return True
-    if status.st_gid == user.gid or status.st_gid in user.groups:
-        return bool(status.st_mode & stat.S_IRGRP)
-    return bool(status.st_mode & stat.S_IROTH)
+    shift = 0
+    if status.st_uid == user.uid:
+        shift = 6
+    elif status.st_gid == user.gid or status.st_gid in user.groups:
+        shift = 3
+    return status.st_mode >> shift & wanted == wanted

@@ -1,7 +1,7 @@
 """Bring the inputs of a task to their places, each file from one source.
 
     named inputs, prefixes (listed meanwhile) -> files
-    zips -> temporary files, when everything else is there -> files beside their path
+    zips -> temporary files, each as soon as it is there -> files beside its path
 
 Rule 1: two sources for one file fail the task, whatever the order in which they arrive.
 Rule 2: all paths lie below the input directory and are walked by descriptor from there: its user
@@ -14,7 +14,8 @@ import errno
 import os
 import posixpath
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.files.workspace import Workspace
     from shim.log.log import Log
-    from shim.process.stopping import Stop
     from shim.s3.store import Store
     from shim.s3.transfer import Transfers
 
@@ -68,6 +68,7 @@ class Sources:
     def __init__(self) -> None:
         self._files: dict[str, Source] = {}
         self._directories: set[int] = set()  # hashes
+        self._lock = threading.Lock()  # zips are unpacked in several threads
 
     def __bool__(self) -> bool:
         return bool(self._files)
@@ -79,13 +80,15 @@ class Sources:
         """
         if len(path.encode(errors="surrogateescape")) > MAX_PATH_BYTES:
             raise UserSafeError(f"The path of an input is longer than {MAX_PATH_BYTES} bytes")
-        other = self._conflict(path)
-        if other is not None:
-            raise UserSafeError(
-                f"Two inputs need one place, {min(path, other, key=len)!r}: "
-                f"{self._files[other].name(other)} and {source.name(path)}"
-            )
-        self._files[path] = source
+        with self._lock:
+            other = self._conflict(path)
+            if other is None:
+                self._files[path] = source
+                return
+        names = sorted([self._files[other].name(other), source.name(path)])
+        raise UserSafeError(
+            f"Two inputs need one place, {min(path, other, key=len)!r}: {' and '.join(names)}"
+        )
 
     def _conflict(self, path: str) -> str | None:
         """Return the file that excludes this one; note the directories that this one needs."""
@@ -111,12 +114,11 @@ class Inputs:
     """The inputs of one task."""
 
     def __init__(
-        self, task: InferenceTask, *, store: Store, workspace: Workspace, log: Log, stop: Stop
+        self, task: InferenceTask, *, store: Store, workspace: Workspace, log: Log
     ) -> None:
         self._task, self._store, self._workspace = task, store, workspace
-        self._log, self._stop = log, stop
+        self._log = log
         self._sources = Sources()
-        self._archives: list[tuple[str, str, Source]] = []  # file, directory, whence
 
     def bring(self, transfers: Transfers) -> bool:
         """Download and unpack everything; return whether there is any file.
@@ -126,8 +128,6 @@ class Inputs:
         try:
             self._claim_named()
             transfers.download_all(self._downloads())
-            for archive, directory, source in self._archives:
-                self._unpack(archive, directory, source)
         except OSError as error:
             if error.errno in _CAUSED_BY_USER:
                 raise UserSafeError(
@@ -150,11 +150,12 @@ class Inputs:
         for item in self._task.inputs:
             for key, path in self._objects(item):
                 directory, name = posixpath.split(path)
+                then = None
                 if item.decompress:
                     name = f".{os.urandom(12).hex()}.zip"
                     source = Source(_uri(item.bucket_name, key))
                     self._sources.claim_directory(directory, source)
-                    self._archives.append((name, directory, source))
+                    then = partial(self._unpack, name, directory, source)
                     directory = ""
                 self._log.debug(f"Downloading {key!r} from {item.bucket_name} to {path!r}")
                 yield Download(
@@ -162,6 +163,7 @@ class Inputs:
                     key=key,
                     open=partial(self._workspace.open_input, directory),
                     name=name,
+                    then=then,
                 )
 
     def _objects(self, item: InferenceIO) -> Iterator[tuple[str, str]]:
@@ -187,7 +189,9 @@ class Inputs:
                 self._sources.claim(path, source if is_plain else Source(prefix + rest))
             yield summary.key, path
 
-    def _unpack(self, archive: str, directory: str, source: Source) -> None:
+    def _unpack(
+        self, archive: str, directory: str, source: Source, check: Callable[[], None]
+    ) -> None:
         """Unpack a zip that was downloaded, and remove it."""
 
         def claim(names: Sequence[str]) -> None:
@@ -198,7 +202,7 @@ class Inputs:
             with open(_open_own(archive, root), "rb", buffering=0) as file:
                 there = self._workspace.open_input(directory)
                 try:
-                    extract_zip(file, there, claim, check=self._stop.check)
+                    extract_zip(file, there, claim, check=check)
                 finally:
                     os.close(there)
             with suppress(FileNotFoundError):

@@ -6,22 +6,26 @@ It is started once:  GET /health until 200, then POST /invoke for each task
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from shim.contract.errors import UserSafeError
+from shim.contract.settings import Settings
 from shim.contract.tasks import InferenceTask
 from shim.http.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
+from shim.log.log import Log
 from shim.log.relay import Relay
 from shim.process.process import Process
 from shim.process.sockets import find_listening_ports
+from shim.process.stopping import Stop
 from shim.runner.modes import (
     TIME_LIMIT_MESSAGE,
-    BaseMode,
     Outcome,
     name_signal,
     read_ending,
     refuse_time_limit,
 )
+from shim.runner.user_command import UserCommand
 
 START_MESSAGE = "Failed to start the algorithm container's inference server"
 CONNECT_MESSAGE = "Could not connect to invoke endpoint"
@@ -41,16 +45,27 @@ LAST_POLL_SECONDS = 1.0
 SHOWN_STDERR_LINES = 10
 
 
-class InvokeMode(BaseMode):
+class InvokeMode:
     """Start the command once, as a server, and ask it to do each task."""
 
-    _process: Process | None = None
-    _relay: Relay | None = None
+    def __init__(
+        self,
+        *,
+        command: UserCommand,
+        settings: Settings,
+        log: Log,
+        stop: Stop,
+        clock: Callable[[], float],
+    ) -> None:
+        self._command, self._settings, self._log = command, settings, log
+        self._stop, self._clock = stop, clock
+        self._process: Process | None = None
+        self._relay: Relay | None = None
 
     def setup(self) -> None:
         """Start the server and wait until it is healthy."""
         try:
-            self._process, self._relay = self._start(None)
+            self._process, self._relay = self._command.start(None)
             self._await_health(self._process)
         except TimeoutError as error:
             message = self._explain_health()
@@ -95,7 +110,7 @@ class InvokeMode(BaseMode):
     def teardown(self) -> None:
         """End the server, whatever holds its pipes."""
         if self._process is not None and self._relay is not None:
-            self._end(self._process, self._relay)
+            self._command.end(self._process, self._relay)
             self._process = None
 
     def _explain_health(self) -> str:

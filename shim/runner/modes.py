@@ -2,33 +2,27 @@
 
 exec    the command is started for each task and runs to its end
 invoke  the command is a server, started once: see shim.runner.invoke_mode
-
-What runs processes is imported as the first of them starts: a first answer to /ping needs none.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-from shim.contract.command import child_environment, resolve_argv
-from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import InferenceTask
 from shim.log.log import Log
 from shim.process.stopping import Stop
-from shim.process.users import image_user
+from shim.runner.user_command import SURVIVORS_MESSAGE, UserCommand
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
-    from shim.log.relay import Relay
-    from shim.process.launch import ProcessSpec
-    from shim.process.process import Ending, Process
+    from shim.process.process import Ending
 else:
     Protocol = object
 
@@ -51,8 +45,6 @@ FATAL_SIGNALS = {
     signal.SIGSYS,
 }
 SHARED_MEMORY = "/dev/shm"
-SHOWN_PIDS = 10
-SURVIVORS_MESSAGE = "Processes of the task could not be ended"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,110 +80,38 @@ class Mode(Protocol):
         """End what setup() started; never raises."""
 
 
-def resolve_spec(settings: Settings, environ: Mapping[str, str]) -> ProcessSpec:
-    """Say how the image's command is started: argv, user, environment and limits.
-
-    Raises UserSafeError when the image has no command or its USER cannot be resolved.
-    """
-    from shim.process.launch import ProcessSpec
-
-    argv = resolve_argv(entrypoint=settings.entrypoint, cmd=settings.cmd)
-    user = image_user(settings)
-    return ProcessSpec(
-        argv=argv,
-        env=child_environment(environ, home=user.home),
-        user=user,
-        memory_limit_bytes=settings.max_memory_mb * 1024 * 1024 or None,
-        no_new_privileges=settings.no_new_privileges,
-    )
-
-
-class BaseMode:
-    """What both methods need."""
+class ExecMode:
+    """Start the command for each task and wait for its end."""
 
     def __init__(
         self,
         *,
+        command: UserCommand,
         settings: Settings,
-        environ: Mapping[str, str],
         log: Log,
         stop: Stop,
         clock: Callable[[], float],
-        before_start: Callable[[], object],
     ) -> None:
-        """before_start(): what must be done before any of the user's code has run."""
-        self._before_start = before_start
-        self._settings = settings
-        self._environ = environ
-        self._log = log
-        self._stop = stop
-        self._clock = clock
-
-    def _start(self, task: str | None) -> tuple[Process, Relay]:
-        """Start the command and relay what it writes."""
-        from shim.log.relay import Relay
-        from shim.process.process import NO_ROOM_MESSAGE, start
-
-        spec = resolve_spec(self._settings, self._environ)
-        self._before_start()
-        self._log.info(f"Running {list(spec.argv)}")
-        relay = Relay(self._log, task=task)
-        try:
-            process = start(spec)
-        except UserSafeError as error:
-            for note in getattr(error, "__notes__", ()):
-                self._log.error(note, internal=False, task=task)
-            raise
-        self._stop.signal_command = process.send_signal
-        for warning in process.warnings:
-            self._log.warning(warning)
-        relay.attach(process.stdout_fd, source="stdout")
-        relay.attach(process.stderr_fd, source="stderr")
-        try:
-            relay.start()
-        except RuntimeError as error:  # no room for another thread
-            self._end(process, relay)
-            raise UserSafeError(NO_ROOM_MESSAGE) from error
-        return process, relay
-
-    def _end(self, process: Process, relay: Relay) -> bool:
-        """End the command with everything that it started, and write all that it wrote.
-
-        Returns whether nobody is left.
-        """
-        self._stop.signal_command = None
-        leftovers = process.end(grace=self._settings.sigterm_grace)
-        relay.finish()
-        if leftovers.ended:
-            self._log.info(f"Ended {leftovers.ended} processes that the command left behind")
-        if not leftovers.is_over:
-            shown = ", ".join(map(str, leftovers.alive[:SHOWN_PIDS])) or "unknown"
-            self._log.error(
-                f"{SURVIVORS_MESSAGE}: at least {len(leftovers.alive)}, with the pids {shown}"
-            )
-        return leftovers.is_over
-
-
-class ExecMode(BaseMode):
-    """Start the command for each task and wait for its end."""
+        self._command, self._settings, self._log = command, settings, log
+        self._stop, self._clock = stop, clock
 
     def setup(self) -> None:
         """Refuse an image without a command before any task begins."""
-        resolve_argv(entrypoint=self._settings.entrypoint, cmd=self._settings.cmd)
+        self._command.find()
 
     def run(self, task: InferenceTask) -> Outcome:
         """Run the command to its end, its time limit or a stop; the limit covers the run alone."""
         if task.timeout is not None and task.timeout <= timedelta(0):
             return refuse_time_limit(self._log, task)
         began = self._clock()
-        process, relay = self._start(task.pk)
+        process, relay = self._command.start(task.pk)
         try:
             ending = process.wait(
                 timeout=task.timeout, grace=self._settings.sigterm_grace, stop=self._stop
             )
             duration = timedelta(seconds=self._clock() - began)
         finally:
-            is_over = self._end(process, relay)
+            is_over = self._command.end(process, relay)
         return_code, message = read_ending(ending)
         if not is_over and not message:
             return_code, message = 1, SURVIVORS_MESSAGE

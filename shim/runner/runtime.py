@@ -7,17 +7,15 @@ mode.teardown -> post-clean directories
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from shim.contract.errors import TaskStopped, UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import RuntimeSetupResult, runtime_setup_key
-from shim.files.workspace import (
-    clean_directory,
-    closing_descriptor,
-    ensure_writable_directories,
-    open_directory,
-)
+from shim.files.descriptors import closing_descriptor, open_directory
+from shim.files.emptying import clean_directory
+from shim.files.workspace import ensure_writable_directories
 from shim.log.log import Log
 from shim.process.stopping import STOPPED_MESSAGE, Stop
 from shim.process.users import image_user
@@ -34,10 +32,10 @@ class Runtime:
     """What surrounds the tasks of one process."""
 
     def __init__(
-        self, *, settings: Settings, store: Store, mode: Mode, log: Log, stop: Stop
+        self, *, settings: Settings, connect: Callable[[], Store], mode: Mode, log: Log, stop: Stop
     ) -> None:
         self._settings = settings
-        self._store = store
+        self._connect = connect
         self._mode = mode
         self._log = log
         self._stop = stop
@@ -93,7 +91,7 @@ class Runtime:
             user = image_user(settings)
             with (
                 closing_descriptor(open_directory(destination, mode=0o755, follow=True)) as there,
-                self._store.open(source.bucket, source.key) as stream,
+                self._connect().open(source.bucket, source.key) as stream,
             ):
                 extract_tar(
                     stream, there, user=user, warn=self._warn_author, check=self._stop.check
@@ -115,11 +113,11 @@ class Runtime:
         self._log.warning(message, internal=False)
 
     def _leave(self, result: RuntimeSetupResult) -> None:
-        leave_setup_result(self._settings, self._store, result, self._log)
+        leave_setup_result(self._settings, self._connect, result, self._log)
 
 
 def leave_setup_result(
-    settings: Settings, store: Store, result: RuntimeSetupResult, log: Log
+    settings: Settings, connect: Callable[[], Store], result: RuntimeSetupResult, log: Log
 ) -> None:
     """Put the signed runtime set-up result where the platform looks for it, if it named a place."""
     bucket, prefix = settings.runtime_output_bucket_name, settings.runtime_output_prefix
@@ -128,4 +126,4 @@ def leave_setup_result(
         return
     key = runtime_setup_key(prefix)
     log.info(f"Uploading the runtime setup result to {key!r} in {bucket}")
-    put_signed(store, bucket, key, result.to_json(), settings.signing_key)
+    put_signed(connect(), bucket, key, result.to_json(), settings.signing_key)

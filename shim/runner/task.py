@@ -10,9 +10,8 @@ Rule 3: tasks run one at a time, in order; the first that fails ends the list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 
 from shim.contract.errors import ShimError, TaskStopped, UserSafeError
 from shim.contract.settings import Settings
@@ -29,14 +28,10 @@ from shim.s3.errors import FileChanged
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from shim.s3.store import Store
-    from shim.s3.transfer import Transfers, Upload
+    from shim.s3.transfer import Transfers
 
 DOWNLOAD_MESSAGE = "The inputs of the task could not be downloaded"
 UPLOAD_MESSAGE = "The outputs of the task could not be uploaded"
-
-# As many parts as an object may have, of the largest that there are:
-# https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
-MAX_OBJECT_BYTES = 10_000 * (5 << 30)
 
 
 class PlatformFailure(ShimError):
@@ -50,7 +45,7 @@ class Runner:
         self,
         *,
         settings: Settings,
-        store: Store,
+        connect: Callable[[], Store],
         mode: Mode,
         workspace: Workspace,
         log: Log,
@@ -59,7 +54,7 @@ class Runner:
     ) -> None:
         """keep_outputs_on_failure: leave in place what could not be uploaded."""
         self._settings = settings
-        self._store = store
+        self._connect = connect
         self._mode = mode
         self._workspace = workspace
         self._log = log
@@ -163,51 +158,20 @@ class Runner:
     def _download_inputs(self, task: InferenceTask) -> None:
         from shim.runner.inputs import Inputs
 
-        inputs = Inputs(
-            task, store=self._store, workspace=self._workspace, log=self._log, stop=self._stop
-        )
+        inputs = Inputs(task, store=self._connect(), workspace=self._workspace, log=self._log)
         if not inputs.bring(self._transfers()):
             self._warn_author(task, "The task has no inputs")
 
     def _upload_outputs(self, task: InferenceTask) -> tuple[InferenceIO, ...]:
-        outputs: dict[str, InferenceIO] = {}
-        self._guard(
-            UPLOAD_MESSAGE, lambda: self._transfers().upload_all(self._uploads(task, outputs))
-        )
-        if not outputs:
-            self._warn_author(task, "The command succeeded and wrote no output")
-        return tuple(outputs[path] for path in sorted(outputs))
-
-    def _uploads(self, task: InferenceTask, outputs: dict[str, InferenceIO]) -> Iterator[Upload]:
-        """Yield an upload for each output file, noting it in `outputs` unless it is refused."""
-        from shim.s3.transfer import Upload
+        from shim.runner.uploads import Uploads
 
         user = image_user(self._settings)
-
-        def skip(path: str, reason: object) -> None:
-            outputs.pop(path, None)
-            self._workspace.skip_output(path, reason)
-
-        for file in self._workspace.walk_outputs(user, prefix=task.output_prefix):
-            path, key = file.relative_path, task.output_prefix + file.relative_path
-            if file.size > MAX_OBJECT_BYTES:
-                skip(path, f"it has {file.size} bytes, more than S3 can hold")
-                continue
-            try:
-                fd = file.open()
-            except FileNotFoundError as error:  # a server of the user's may still be at work
-                skip(path, error)
-                continue
-            self._log.debug(f"Uploading {path!r} to {task.output_bucket_name}")
-            outputs[path] = InferenceIO(
-                relative_path=path, bucket_name=task.output_bucket_name, bucket_key=key
-            )
-            yield Upload(
-                bucket=task.output_bucket_name,
-                key=key,
-                open=partial(int, fd),
-                refuse=partial(skip, path),
-            )
+        outputs = self._workspace.outputs(user, prefix=task.output_prefix)
+        uploads = Uploads(task, outputs, log=self._log)
+        self._guard(UPLOAD_MESSAGE, lambda: self._transfers().upload_all(uploads))
+        if not uploads.uploaded:
+            self._warn_author(task, "The command succeeded and wrote no output")
+        return tuple(uploads.uploaded[path] for path in sorted(uploads.uploaded))
 
     def _warn_author(self, task: InferenceTask, message: str) -> None:
         self._log.warning(message, internal=False, task=task.pk)
@@ -216,14 +180,18 @@ class Runner:
         key = result_key(task.output_prefix)
         self._log.info(f"Uploading the result to {key!r} in {task.output_bucket_name}")
         put_signed(
-            self._store, task.output_bucket_name, key, result.to_json(), self._settings.signing_key
+            self._connect(),
+            task.output_bucket_name,
+            key,
+            result.to_json(),
+            self._settings.signing_key,
         )
 
     def _transfers(self) -> Transfers:
         from shim.s3.transfer import Transfers
 
         return Transfers(
-            self._store,
+            self._connect(),
             concurrency=self._settings.async_concurrency,
             check=self._stop.check,
         )

@@ -113,7 +113,6 @@ class S3Client:
         prefix = "x-amz-meta-"
         return ObjectHead(
             size=int(headers.get("content-length", 0)),
-            etag=headers.get("etag", ""),
             metadata={
                 name.removeprefix(prefix).replace("-", "_"): value
                 for name, value in headers.items()
@@ -163,17 +162,13 @@ class S3Client:
         """Open an object for reading in order; it is verified as its last byte is read."""
         return io.BufferedReader(ObjectReader(self._session, bucket, key).ask(), 1 << 18)
 
-    def download(
-        self, bucket: str, key: str, directory: int, name: str, *, crew: Crew | None = None
-    ) -> None:
+    def download(self, bucket: str, key: str, directory: int, name: str, *, crew: Crew) -> None:
         """Make the name in an open directory hold the object's bytes, or leave it as it was."""
-        download(self._session, bucket, key, directory, name, crew or self._alone())
+        download(self._session, bucket, key, directory, name, crew)
 
-    def upload(
-        self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
-    ) -> None:
+    def upload(self, bucket: str, key: str, fd: int, *, size: int, crew: Crew) -> None:
         """Store a file, whose size must not change; its position is neither used nor moved."""
-        upload(self._session, bucket, key, fd, size, crew or self._alone())
+        upload(self._session, bucket, key, fd, size, crew)
 
     def find_credentials(self) -> str:
         """Find credentials, as the first request would; return where they come from."""
@@ -187,9 +182,6 @@ class S3Client:
     def close(self) -> None:
         """Close kept connections."""
         self._session.close()
-
-    def _alone(self) -> Crew:
-        return Crew(concurrency=0, check=self._session.check)
 
 
 def _with_patience(check: Callable[[], None]) -> Callable[[], None]:

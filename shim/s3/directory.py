@@ -60,13 +60,12 @@ class DirectoryStore:
         self._describe(bucket, key, metadata)
 
     def head(self, bucket: str, key: str) -> ObjectHead:
-        """Describe an object; its ETag changes when it is replaced."""
+        """Describe an object."""
         with self.open(bucket, key) as file:
             status = os.fstat(file.fileno())
         described = self._metadata_path(bucket, key)
         metadata = json.loads(described.read_bytes()) if described and described.exists() else {}
-        etag = f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
-        return ObjectHead(size=status.st_size, etag=etag, metadata=metadata)
+        return ObjectHead(size=status.st_size, metadata=metadata)
 
     def head_bucket(self, bucket: str) -> None:
         """Refuse what cannot be a bucket; one that is missing is made by the first upload."""
@@ -116,25 +115,18 @@ class DirectoryStore:
             message = "The specified key does not exist."
             raise _error("GetObject", bucket, key, 404, "NoSuchKey", message) from error
 
-    def download(
-        self, bucket: str, key: str, directory: int, name: str, *, crew: Crew | None = None
-    ) -> None:
+    def download(self, bucket: str, key: str, directory: int, name: str, *, crew: Crew) -> None:
         """Make the name in an open directory hold the object's bytes, or leave it as it was."""
         with self.open(bucket, key) as source, borrow_buffer() as buffer:
             size = os.fstat(source.fileno()).st_size
             blocks = _blocks(source.fileno(), size, buffer, crew)
             _replace(directory, name, blocks, mode=FILE_MODE)
 
-    def upload(
-        self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
-    ) -> None:
+    def upload(self, bucket: str, key: str, fd: int, *, size: int, crew: Crew) -> None:
         """Store a file, whose size must not change; its position is neither used nor moved."""
         with borrow_buffer() as buffer:
             _write(self._path(bucket, key, "PutObject"), _unchanged(fd, size, buffer, crew, key))
         self._describe(bucket, key, {})
-
-    def close(self) -> None:
-        """Do nothing: no file stays open."""
 
     def _path(self, bucket: str, key: str, operation: str) -> Path:
         """Return the file of a key; ServiceError for one that would lie elsewhere."""
@@ -183,18 +175,17 @@ def _refuse(error: OSError) -> None:
         raise S3ClientError(f"The directory cannot be listed: {error}") from error
 
 
-def _blocks(fd: int, size: int, buffer: memoryview, crew: Crew | None) -> Iterator[memoryview]:
+def _blocks(fd: int, size: int, buffer: memoryview, crew: Crew) -> Iterator[memoryview]:
     """Yield the first size bytes of a file, or what there is of them, until a stop."""
     position = 0
     while read := os.preadv(fd, [buffer[: size - position]], position):
-        if crew:
-            crew.check()
+        crew.check()
         position += read
         yield buffer[:read]
 
 
 def _unchanged(
-    fd: int, size: int, buffer: memoryview, crew: Crew | None, key: str
+    fd: int, size: int, buffer: memoryview, crew: Crew, key: str
 ) -> Iterator[memoryview]:
     """Yield the bytes of a file that must not change meanwhile."""
     modified = os.fstat(fd).st_mtime_ns

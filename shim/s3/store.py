@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any, BinaryIO, Protocol
+    from typing import BinaryIO, Protocol
 
     from shim.s3.crew import Crew
 
@@ -47,21 +46,14 @@ if TYPE_CHECKING:
         def open(self, bucket: str, key: str) -> BinaryIO:
             """Open an object for reading in order."""
 
-        def download(
-            self, bucket: str, key: str, directory: int, name: str, *, crew: Crew | None = None
-        ) -> None:
+        def download(self, bucket: str, key: str, directory: int, name: str, *, crew: Crew) -> None:
             """Make the name in an open directory hold the object's bytes, or leave it as it was.
 
             The file has mode 0644 whatever the umask.
             """
 
-        def upload(
-            self, bucket: str, key: str, fd: int, *, size: int, crew: Crew | None = None
-        ) -> None:
+        def upload(self, bucket: str, key: str, fd: int, *, size: int, crew: Crew) -> None:
             """Store the first size bytes of a file; its position is neither used nor moved."""
-
-        def close(self) -> None:
-            """Close kept connections."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +61,6 @@ class ObjectHead:
     """metadata: names in lower case with "_" for "-", since servers return them changed."""
 
     size: int
-    etag: str
     metadata: Mapping[str, str]
 
 
@@ -79,26 +70,3 @@ class ObjectSummary:
 
     key: str
     size: int
-
-
-class LateStore:
-    """A store that whoever needs it first connects."""
-
-    def __init__(self, connect: Callable[[], Store]) -> None:
-        self._connect = connect
-        self._store: Store | None = None
-        self._lock = threading.Lock()
-
-    def connect(self) -> Store:
-        """Return the one store; raises what connecting raises."""
-        with self._lock:
-            self._store = self._store or self._connect()
-            return self._store
-
-    def close(self) -> None:
-        """Close kept connections, if there ever were any."""
-        if self._store is not None:
-            self._store.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.connect(), name)

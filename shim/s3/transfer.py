@@ -32,12 +32,15 @@ class Download:
     """An object, what opens the directory of the file that it becomes, and the file's name there.
 
     The directory is opened when the transfer begins, and its descriptor closed when it ends.
+    then(check): what is done with the file, which has arrived, in the thread that has it;
+    check() raises what ends it.
     """
 
     bucket: str
     key: str
     open: Callable[[], int]
     name: str
+    then: Callable[[Callable[[], None]], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +69,8 @@ class Transfers:
                 self._store.download(item.bucket, item.key, directory, item.name, crew=crew)
             finally:
                 os.close(directory)
+            if item.then:
+                item.then(crew.check)
 
         self._for_each(downloads, download)
 

@@ -21,7 +21,7 @@ from shim.files.workspace import Workspace
 from shim.http.trust import IMAGE_BUNDLES
 from shim.log.log import Log
 from shim.process.process import MemoryEvents, start
-from shim.runner.modes import resolve_spec
+from shim.runner.user_command import resolve_spec
 from shim.s3.client import connect
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import ServiceError

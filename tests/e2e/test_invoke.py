@@ -240,8 +240,8 @@ def test_two_objects_for_one_file_are_the_authors_failure(platform: Platform) ->
     task["inputs"][0]["decompress"] = True
     job = platform.invoke(task)
     message = (
-        f"Two inputs need one place, 'd/x': s3://{platform.bucket}/p/d/x and "
-        f"s3://{platform.bucket}/in/z.zip"
+        f"Two inputs need one place, 'd/x': s3://{platform.bucket}/in/z.zip and "
+        f"s3://{platform.bucket}/p/d/x"
     )
     assert (0, 1, message) == (
         job.code,

@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from shim.contract.errors import UserSafeError
+from shim.files.descriptors import open_directory
+from shim.files.emptying import clean_directory
 from shim.files.workspace import (
     Workspace,
-    clean_directory,
     ensure_writable_directories,
-    open_directory,
 )
 from shim.process.users import User
 from tests.support import UNPRIVILEGED_UID, needs_root
@@ -207,7 +207,7 @@ def test_output_that_is_no_directory_is_refused_and_not_followed(
         workspace.reset("pk")
     assert workspace.clean() is False
     with pytest.raises(UserSafeError):
-        list(workspace.walk_outputs(ROOT))
+        list(workspace.outputs(ROOT, prefix="").walk())
 
     assert str(output) in str(log)
     assert names(elsewhere) == ["kept"]
@@ -422,7 +422,7 @@ def test_very_deep_tree_needs_few_descriptors(in_memory: Path, log: RecordingLog
 def test_wide_tree_is_emptied_in_pieces(
     in_memory: Path, log: RecordingLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shim.files.workspace.MAX_PENDING", 7)
+    monkeypatch.setattr("shim.files.emptying.MAX_PENDING", 7)
     for number in range(300):
         (in_memory / f"{number}" / "e").mkdir(parents=True)
         (in_memory / f"f{number}").write_text("")
@@ -504,10 +504,9 @@ def test_inputs_go_through_no_link(tmp_path: Path, workspace: Workspace) -> None
 
 def read_outputs(workspace: Workspace, user: User = ROOT) -> dict[str, str]:
     found = {}
-    for file in workspace.walk_outputs(user):
+    for file in workspace.outputs(user, prefix="").walk():
         with open(file.open(), encoding="utf-8") as stream:
             found[file.relative_path] = stream.read()
-        assert file.size == len(found[file.relative_path].encode())
     return found
 
 
@@ -671,7 +670,7 @@ def test_output_that_changed_since_the_walk_is_not_found(
     output: Path, workspace: Workspace, change: Callable[[Path], None]
 ) -> None:
     (output / "f").write_text("x")
-    [file] = workspace.walk_outputs(AUTHOR)
+    [file] = workspace.outputs(AUTHOR, prefix="").walk()
     change(output)
 
     with pytest.raises(FileNotFoundError):
@@ -693,7 +692,7 @@ def test_output_that_changes_just_when_it_is_opened_is_not_found(
     change: Callable[[Path], None],
 ) -> None:
     (output / "f").write_text("x")
-    [file] = workspace.walk_outputs(AUTHOR)
+    [file] = workspace.outputs(AUTHOR, prefix="").walk()
     real_stat = os.stat
 
     def stat_then_change(*arguments: Any, **named: Any) -> os.stat_result:
@@ -712,7 +711,7 @@ def test_walk_of_a_missing_output_directory_finds_nothing(
 ) -> None:
     workspace.reset("pk")
     (tmp_path / "output").rmdir()
-    assert list(workspace.walk_outputs(ROOT)) == []
+    assert list(workspace.outputs(ROOT, prefix="").walk()) == []
     assert len(log.author_lines) == 1
 
 
@@ -730,7 +729,7 @@ def test_walk_without_descriptors_fails_and_loses_no_output(
 
     monkeypatch.setattr(os, "open", open_few)
     with pytest.raises(OSError, match="Too many open files"):
-        list(workspace.walk_outputs(ROOT))
+        list(workspace.outputs(ROOT, prefix="").walk())
 
 
 def test_walk_of_a_very_deep_tree_ends_where_keys_end(in_memory: Path, log: RecordingLog) -> None:
@@ -754,7 +753,7 @@ def test_a_key_that_is_too_long_only_with_its_prefix_is_skipped(
         (output / path).parent.mkdir(parents=True, exist_ok=True)
         (output / path).write_text("x")
 
-    files = workspace.walk_outputs(ROOT, prefix="pre/fix/")
+    files = workspace.outputs(ROOT, prefix="pre/fix/").walk()
     assert sorted(file.relative_path for file in files) == [long[:-1], "\u00e9"]
     assert log.author_lines == [
         f"Skipping the output {long!r}: its key would be longer than 1024 bytes"
@@ -767,7 +766,7 @@ def test_few_of_very_many_skipped_outputs_are_named(
     for number in range(200):
         os.mkfifo(output / f"{number}")
 
-    assert list(workspace.walk_outputs(ROOT)) == []
+    assert list(workspace.outputs(ROOT, prefix="").walk()) == []
     assert len(log.author_lines) == 101
     assert log.author_lines[-1] == "Skipping more outputs, which are not named any more"
 
@@ -792,12 +791,12 @@ def test_a_lease_on_an_output_is_its_holders_doing(output: Path, workspace: Work
     assert holder.stdin and holder.stdout
     assert holder.stdout.readline() == b"ready\n"
     try:
-        [file] = workspace.walk_outputs(ROOT)
+        [file] = workspace.outputs(ROOT, prefix="").walk()
         with pytest.raises(UserSafeError, match="'leased' is locked by a lease"):
             file.open()
         (output / "link").symlink_to("leased")
         with pytest.raises(UserSafeError, match="'leased' is locked by a lease"):
-            list(workspace.walk_outputs(ROOT))
+            list(workspace.outputs(ROOT, prefix="").walk())
     finally:
         holder.stdin.close()
         holder.stdout.close()
@@ -812,7 +811,7 @@ def test_open_files_of_a_walk_do_not_grow(output: Path, workspace: Workspace) ->
     before = len(os.listdir("/proc/self/fd"))
 
     files = []
-    for file in workspace.walk_outputs(ROOT):
+    for file in workspace.outputs(ROOT, prefix="").walk():
         files.append(file)
         assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert len(files) == 300
@@ -874,7 +873,7 @@ def test_nothing_outside_is_read_or_removed_while_a_user_swaps_links(
     contents = set()
     while time.monotonic() < deadline:
         with suppress(FileNotFoundError):
-            for file in workspace.walk_outputs(AUTHOR):
+            for file in workspace.outputs(AUTHOR, prefix="").walk():
                 with open(file.open()) as stream:
                     contents.add(stream.read())
         workspace.clean()
@@ -977,7 +976,7 @@ def test_output_that_became_a_link_is_named_so(
     output.symlink_to("moved")
 
     with pytest.raises(UserSafeError, match="^The containers output directory is not a directory$"):
-        list(workspace.walk_outputs(ROOT))
+        list(workspace.outputs(ROOT, prefix="").walk())
     with pytest.raises(UserSafeError, match=f"^{RESET_MESSAGE}$"):
         workspace.reset("pk")
     assert log.author_lines == [f"{output} is a link, in place of a directory"] * 2

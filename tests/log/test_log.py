@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shim.log.log import MAX_LINE_BYTES, Log, encode_lines
+from shim.log.log import MAX_LINE_BYTES, Log, encode, split
 from tests.support import poll
 
 
@@ -42,8 +42,8 @@ class Streams:
         return self.out.decode("ascii"), self.err.decode("ascii")
 
 
-def encode(text: str, *, task: str | None = "pk") -> list[bytes]:
-    data = encode_lines(text, level="INFO", source="stdout", internal=False, task=task)
+def lines_of(text: str, *, task: str | None = "pk") -> list[bytes]:
+    data = encode(split(text), level="INFO", source="stdout", internal=False, task=task)
     return data.splitlines(keepends=True)
 
 
@@ -56,8 +56,8 @@ def test_user_line_is_compatible_to_the_byte() -> None:
         b'{"log": "a \\u00e9 \\"\\\\ \\u001b", "level": "WARNING", "source": "stderr",'
         b' "internal": false, "task": "0b1"}\n'
     )
-    actual = encode_lines(
-        'a é "\\ \x1b', level="WARNING", source="stderr", internal=False, task="0b1"
+    actual = encode(
+        split('a é "\\ \x1b'), level="WARNING", source="stderr", internal=False, task="0b1"
     )
     assert expected == actual
 
@@ -66,7 +66,7 @@ def test_own_line_is_compatible_to_the_byte() -> None:
     expected = (
         b'{"log": "x", "level": "INFO", "source": "stdout", "internal": true, "task": null}\n'
     )
-    actual = encode_lines("x", level="INFO", source="stdout", internal=True, task=None)
+    actual = encode(split("x"), level="INFO", source="stdout", internal=True, task=None)
     assert expected == actual
 
 
@@ -83,19 +83,19 @@ def test_own_line_is_compatible_to_the_byte() -> None:
     ],
 )
 def test_text_is_split_as_splitlines_does(text: str, expected: list[str]) -> None:
-    assert expected == decode(encode(text))
+    assert expected == decode(lines_of(text))
 
 
 @pytest.mark.parametrize("character", ["x", '"', "é", "\x01", "\U0001f600", "\ud800"])
 def test_no_line_exceeds_what_container_engines_tear(character: str) -> None:
     text = character * 40_000
-    lines = encode(text)
+    lines = lines_of(text)
     assert MAX_LINE_BYTES >= max(map(len, lines))
     assert text == "".join(decode(lines))
 
 
 def test_pieces_are_as_long_as_they_may_be() -> None:
-    first, *_ = encode("x" * 40_000)
+    first, *_ = lines_of("x" * 40_000)
     assert MAX_LINE_BYTES == len(first)
 
 
@@ -104,14 +104,14 @@ def test_pieces_are_as_long_as_they_may_be() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_pieces_joined_are_the_text(text: str, times: int) -> None:
-    lines = encode(text * times)
+    lines = lines_of(text * times)
     assert MAX_LINE_BYTES >= max(map(len, lines))
     assert (text * times).replace("\n", "") == "".join(decode(lines))
 
 
 def test_hostile_pk_is_just_a_string_and_leaves_room_for_text() -> None:
     pk = '"}\n{"log": "' + "\U0001f600" * 20_000
-    (line,) = encode("x" * 1000, task=pk)
+    (line,) = lines_of("x" * 1000, task=pk)
     assert MAX_LINE_BYTES >= len(line)
     assert pk.startswith(json.loads(line)["task"])
 

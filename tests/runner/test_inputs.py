@@ -21,7 +21,6 @@ from shim.contract.tasks import InferenceIO, InferenceTask
 from shim.files.workspace import Workspace
 from shim.http.errors import RemoteError
 from shim.http.stream import unchecked
-from shim.process.stopping import Stop
 from shim.runner.inputs import Inputs, Source, Sources
 from shim.s3.directory import DirectoryStore
 from shim.s3.store import ObjectSummary
@@ -91,7 +90,7 @@ def bring(
     before()
     task = InferenceTask(pk="pk", inputs=inputs, output_bucket_name="b", output_prefix="o/")
     transfers = Transfers(store, concurrency=concurrency, check=unchecked)
-    return Inputs(task, store=store, workspace=workspace, log=log, stop=Stop()).bring(transfers)
+    return Inputs(task, store=store, workspace=workspace, log=log).bring(transfers)
 
 
 def files(root: Path) -> list[str]:

@@ -62,7 +62,9 @@ def set_up(tmp_path: Path) -> Iterator[SetUp]:
         mode: Any = IdleMode()
         with (tmp_path / "log").open("ab") as stream:
             log = Log(stdout_fd=stream.fileno(), stderr_fd=stream.fileno())
-            runtime = Runtime(settings=settings, store=store, mode=mode, log=log, stop=Stop())
+            runtime = Runtime(
+                settings=settings, connect=lambda: store, mode=mode, log=log, stop=Stop()
+            )
             return runtime.setup()
 
     yield run

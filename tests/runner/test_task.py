@@ -143,7 +143,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         build_runner = partial(
             Runner,
             settings=settings,
-            store=store,
+            connect=lambda: store,
             mode=mode,
             workspace=workspace,
             log=log,

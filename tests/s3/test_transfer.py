@@ -42,6 +42,7 @@ from tests.s3_clients import Harness, Stopped, build_harness, download_to, runni
 from tests.support import limit_rate, poll
 
 PART = 100_000
+ALONE = Crew(concurrency=0, check=unchecked)
 
 
 @pytest.fixture
@@ -496,7 +497,7 @@ def test_a_download_stays_in_the_directory_that_was_opened(
 
     double.faults = [exchange]
     directory = os.open(tmp_path / "d", os.O_PATH)
-    harness.client.download("bucket", "key", directory, "file")
+    harness.client.download("bucket", "key", directory, "file", crew=ALONE)
     os.close(directory)
     assert body == (tmp_path / "moved/file").read_bytes()
     assert [] == os.listdir(tmp_path / "elsewhere")
@@ -728,7 +729,7 @@ def test_a_file_that_is_not_what_was_promised_is_its_writers_doing(
 
     double.faults = [change_once]
     with pytest.raises(FileChanged, match="'out/key' changed while it was uploaded") as caught:
-        harness.client.upload("bucket", "out/key", fd, size=size)
+        harness.client.upload("bucket", "out/key", fd, size=size, crew=ALONE)
     os.close(fd)
     assert "out/key" == caught.value.key
     assert ({}, {}) == (double.buckets["bucket"], double.uploads)
