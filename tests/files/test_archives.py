@@ -17,6 +17,7 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -770,10 +771,20 @@ def test_tar_whose_first_name_looks_like_a_packed_stream_is_plain(dest: Path) ->
     assert tree(dest) == {"]": "x"}
 
 
-def test_tar_packed_for_more_memory_than_there_may_be_is_refused(dest: Path) -> None:
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 256 << 20}]
-    with pytest.raises(UserSafeError, match=f"^{TAR_MESSAGE}$"):
-        unpack(lzma.compress(PLAIN, filters=filters), dest)
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [(lzma.FORMAT_XZ, lzma.FILTER_LZMA2), (lzma.FORMAT_ALONE, lzma.FILTER_LZMA1)],
+    ids=["xz", "lzma"],
+)
+def test_tar_packed_for_more_memory_than_there_may_be_is_refused(
+    dest: Path, form: int, method: int
+) -> None:
+    for size, is_taken in ((8 << 20, True), (256 << 20, False)):
+        packed = lzma.compress(
+            PLAIN, form, filters=[{"id": method, "preset": 0, "dict_size": size}]
+        )
+        with nullcontext() if is_taken else pytest.raises(UserSafeError, match=f"^{TAR_MESSAGE}$"):
+            unpack(packed, dest)
 
 
 TAKEN = {

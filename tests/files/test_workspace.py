@@ -22,7 +22,8 @@ import pytest
 
 from shim.contract.errors import UserSafeError
 from shim.files.descriptors import open_directory
-from shim.files.emptying import clean_directory
+from shim.files.emptying import Emptying, clean_directory
+from shim.files.outputs import Outputs
 from shim.files.workspace import (
     Workspace,
     ensure_writable_directories,
@@ -423,12 +424,21 @@ def test_wide_tree_is_emptied_in_pieces(
     in_memory: Path, log: RecordingLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shim.files.emptying.MAX_PENDING", 7)
+    held: list[int] = []
+    sweep = Emptying._sweep
+
+    def sweep_and_count(emptying: Emptying) -> list[os.DirEntry[str]]:
+        held.append(len(todo := sweep(emptying)))
+        return todo
+
+    monkeypatch.setattr(Emptying, "_sweep", sweep_and_count)
     for number in range(300):
         (in_memory / f"{number}" / "e").mkdir(parents=True)
         (in_memory / f"f{number}").write_text("")
 
     assert clean_directory(in_memory, log) is True
     assert (names(in_memory), log.lines) == ([], [])
+    assert 7 == max(held)
 
 
 def test_directory_moved_away_while_it_is_emptied_leads_nowhere_else(
@@ -500,6 +510,33 @@ def test_inputs_go_through_no_link(tmp_path: Path, workspace: Workspace) -> None
         with pytest.raises(OSError):
             workspace.open_input(path)
     assert names(tmp_path / "elsewhere") == []
+
+
+@needs_root
+def test_what_the_shim_itself_may_not_read_is_skipped(in_memory: Path, log: RecordingLog) -> None:
+    """Without root, where modes bind the shim too."""
+    in_memory.chmod(0o777)
+    found: list[str] = []
+
+    def walk() -> None:
+        os.setgroups([])
+        os.setgid(UNPRIVILEGED_UID)
+        os.setuid(UNPRIVILEGED_UID)
+        output = in_memory / "out"
+        (output / "closed/d").mkdir(parents=True)
+        for path in ("a", "closed/d/b", "z"):
+            (output / path).write_text("")
+        (output / "closed").chmod(0)
+        outputs = Outputs(output, user=AUTHOR, prefix="", warn=log.author_lines.append)
+        found.extend(file.relative_path for file in outputs.walk())
+        (output / "closed").chmod(0o700)
+        assert (["a", "z"], 1) == (sorted(found), len(log.author_lines)), (found, log.author_lines)
+        assert "closed" in log.author_lines[0]
+
+    child = multiprocessing.get_context("fork").Process(target=walk)
+    child.start()
+    child.join(30)
+    assert 0 == child.exitcode
 
 
 def read_outputs(workspace: Workspace, user: User = ROOT) -> dict[str, str]:

@@ -281,6 +281,22 @@ def test_finish_does_not_wait_for_a_child_that_holds_the_pipe(harness: Harness) 
     assert ["last words"] == harness.lines()
 
 
+def test_who_still_writes_renews_the_silence_that_is_waited_for(harness: Harness) -> None:
+    words = [f"word {number}" for number in range(8)]
+
+    def write_now_and_then() -> None:
+        for word in words:
+            harness.write(word.encode() + b"\n")
+            time.sleep(relay_module.QUIET_SECONDS / 4)
+
+    thread = threading.Thread(target=write_now_and_then)
+    thread.start()
+    poll(harness.lines)
+    harness.relay.finish()
+    thread.join()
+    assert words == harness.lines()
+
+
 def test_finish_ends_although_a_child_writes_for_ever(harness: Harness) -> None:
     def write_for_ever() -> None:
         try:

@@ -239,6 +239,17 @@ def test_unknown_number_of_kills_is_none(tmp_path: Path, text: str | None) -> No
     assert 0 == events.count_oom_kills()
 
 
+@pytest.mark.parametrize("text", [CGROUP_V1, CGROUP_V2], ids=["v1", "v2"])
+def test_our_own_cgroup_counts_before_the_roots(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cgroup").write_text(text)
+    for top, name in ((tmp_path / "memory", "memory.oom_control"), (tmp_path, "memory.events")):
+        for directory, count in ((top / "docker/abc", 5), (top, 2)):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(f"oom_kill {count}\n")
+    events = MemoryEvents(cgroup=tmp_path / "cgroup", root=tmp_path)
+    assert 5 == events.count_oom_kills()
+
+
 def test_helper_gives_its_output() -> None:
     assert b'{"Version": 1}\n' == run_helper(["echo", '{"Version": 1}'], ENVIRONMENT, LONG)
 

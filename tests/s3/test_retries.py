@@ -178,6 +178,42 @@ def test_a_clock_that_is_off_is_seen_behind_another_code() -> None:
         assert 2 == len(double.seen)
 
 
+OFF = {"date": "Thu, 26 Nov 2026 13:00:00 GMT"}
+NOON = datetime(2026, 11, 26, 12, tzinfo=UTC)
+ELSE = {"x-amz-bucket-region": "us-east-2"}
+KINDS = [
+    *((status, "AccessDenied", OFF, Kind.CLOCK) for status in (400, 403)),
+    *((status, "Odd", OFF, Kind.FINAL) for status in (401, 404, 405, 409, 412, 416)),
+    (500, "Odd", OFF, Kind.TRANSIENT),
+    (403, "AccessDenied", {"date": "Thu, 26 Nov 2026 12:03:59 GMT"}, Kind.FINAL),
+    (403, "AccessDenied", {"date": "Thu, 26 Nov 2026 11:55:59 GMT"}, Kind.CLOCK),
+    (403, "AccessDenied", {"date": "yesterday"}, Kind.FINAL),
+    *((status, "Odd", {}, Kind.REGION) for status in (301, 302, 307)),
+    (304, "Odd", ELSE, Kind.FINAL),
+    (400, "AuthorizationHeaderMalformed", ELSE, Kind.REGION),
+    *((status, "AccessDenied", ELSE, Kind.FINAL) for status in (401, 403, 404, 409)),
+    (501, "NotImplemented", {}, Kind.CHECKSUMS),
+    (403, "NotImplemented", {}, Kind.FINAL),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "headers", "kind"), KINDS)
+def test_what_a_failure_calls_for_is_said_by_the_table_alone(
+    status: int, code: str, headers: dict[str, str], kind: Kind
+) -> None:
+    error = ServiceError(
+        operation="GetObject",
+        bucket="b",
+        key="k",
+        status=status,
+        code=code,
+        message="",
+        headers=headers,
+        region=headers.get("x-amz-bucket-region", ""),
+    )
+    assert kind is retries.kind_of(error, now=NOON)
+
+
 @pytest.mark.parametrize("code", ["ExpiredToken", "InvalidToken", "TokenRefreshRequired"])
 def test_expired_credentials_are_refreshed_once(code: str) -> None:
     old = Credentials(access_key="OLD", secret_key="OLD", token="OLD")

@@ -271,6 +271,125 @@ def test_an_object_that_became_shorter_is_fetched_once_more(
     assert b"short" == harness.download(tmp_path / "file")
 
 
+def as_etag(etag: str, fault: Fault) -> Fault:
+    """Do as the fault does, with another ETag, or none."""
+
+    def do(exchange: Exchange) -> None:
+        describe = exchange._describe
+
+        def describe_so(found: Object) -> dict[str, str]:
+            headers = describe(found)
+            del headers["ETag"]
+            return headers | ({"ETag": etag} if etag else {})
+
+        exchange._describe = describe_so  # type: ignore[method-assign]
+        fault(exchange)
+
+    return do
+
+
+@pytest.mark.parametrize("size", [PART - 1, PART + 1])
+def test_a_change_of_size_is_noticed_where_there_are_no_etags(
+    double: S3Double, harness: Harness, tmp_path: Path, size: int
+) -> None:
+    store(double, PART)
+    double.faults = [as_etag("", change_after(double, b"b" * size))]
+    double.always = as_etag("", work)
+    assert b"b" * size == harness.download(tmp_path / "file")
+    assert 3 == len(double.seen)  # the second one was of another size
+
+
+def test_weak_etags_are_compared_and_never_sent(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, PART)
+    double.faults = [as_etag('W/"a"', truncate(50_000))]
+    double.always = as_etag('W/"a"', work)
+    assert body == harness.download(tmp_path / "file")
+    assert ["", ""] == [seen.headers.get("if-match", "") for seen in double.seen]
+    double.seen.clear()
+    double.faults = [as_etag('W/"a"', truncate(50_000)), as_etag('W/"b"', work)]
+    assert body == harness.download(tmp_path / "file")
+    assert 3 == len(double.seen)
+
+
+def test_a_range_beyond_the_end_means_that_the_object_changed(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, PART)
+    double.faults = [truncate(50_000), refuse(416, "InvalidRange")]
+    assert body == harness.download(tmp_path / "file")
+    assert ["", "bytes=50000-99999", ""] == [s.headers.get("range", "") for s in double.seen]
+
+
+@pytest.mark.parametrize("status", [412, 416])
+def test_what_refuses_the_first_request_is_no_change(
+    double: S3Double, harness: Harness, tmp_path: Path, status: int
+) -> None:
+    store(double, PART)
+    double.faults = [refuse(status, "Odd")]
+    with pytest.raises(ServiceError, match="Odd"):
+        harness.download(tmp_path / "file")
+    assert 1 == len(double.seen)
+
+
+def test_an_object_that_arrives_damaged_is_fetched_once_more(
+    double: S3Double, harness: Harness, tmp_path: Path
+) -> None:
+    body = store(double, PART)
+    damaged = answer_with(lambda status, body, headers: (status, bytes(len(body))))
+    double.faults = [damaged]
+    assert body == harness.download(tmp_path / "file")
+    assert 2 == len(double.seen)
+    double.seen.clear()
+    double.faults = [damaged] * 9
+    with pytest.raises(IntegrityError):
+        harness.download(tmp_path / "file")
+    assert 2 == len(double.seen)
+
+
+# --- reading in order ---
+
+
+def test_a_reader_gives_up_when_its_object_breaks_off_too_often(
+    double: S3Double, harness: Harness
+) -> None:
+    body = store(double, 100)
+    double.faults = [truncate(1)] * 20
+    with harness.client.open("bucket", "key") as stream:
+        assert body == stream.read()
+    assert 21 == len(double.seen)
+    double.faults = [truncate(1)] * 99
+    with pytest.raises(TransportError), harness.client.open("bucket", "key") as stream:
+        stream.read()
+    assert 21 + 21 == len(double.seen)
+
+
+def test_a_connection_is_used_again_only_if_its_object_was_read_to_the_end(
+    double: S3Double, harness: Harness
+) -> None:
+    store(double, 500 * PART)
+    with harness.client.open("bucket", "key") as stream:
+        stream.read()
+    with harness.client.open("bucket", "key") as stream:
+        stream.read(1)
+    harness.client.head("bucket", "key")
+    assert [1, 1, 2] == [seen.connection for seen in double.seen]
+
+
+def test_the_connection_of_a_stream_that_broke_off_is_closed(
+    double: S3Double, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished: list[object] = []
+    finish = harness.session.finish
+    monkeypatch.setattr(harness.session, "finish", lambda r: finished.append(r) or finish(r))
+    store(double, PART)
+    double.faults = [truncate(50_000)]
+    with harness.client.open("bucket", "key") as stream:
+        stream.read()
+    assert 2 == len(finished) == len(set(map(id, finished)))
+
+
 def with_headers(**changes: str) -> Fault:
     def change(status: int, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         headers.update({name.replace("_", "-"): value for name, value in changes.items()})

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shim.contract.errors import InvalidTasks, NotText, Problem, TaskStopped
+from shim.contract.errors import InvalidTasks, NotText, Problem, ShimError, TaskStopped
 from shim.contract.tasks import parse_task
 from shim.log.log import Log
 from shim.process.sockets import Ends
@@ -782,6 +782,46 @@ def test_streams_get_nothing_but_json_lines(
     assert "RuntimeError: broken down" in errors
     assert {line["internal"] for line in lines} == {True}
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_is_told_once(service: Service) -> None:
+    class Told(ShimError):
+        """Who raised it has logged it."""
+
+    for outcome in (ValueError("details"), Told("told already")):
+        service.application.outcome = outcome
+        service.ask(post())
+    poll(lambda: service.application.answers == 2)
+    errors = [line["log"] for line in service.log_lines() if line["level"] == "ERROR"]
+    assert 1 == sum("ValueError: details" in text for text in errors)
+    assert 1 == sum("An invocation failed" in text for text in errors)
+    assert not [text for text in errors if "told already" in text]
+
+
+def refuse_and_count(connection: socket.socket, *, pause_seconds: float) -> int:
+    """Send a body that is refused, until nobody takes it any more; return how much was taken."""
+    connection.sendall(b"POST /invocations HTTP/1.1\r\nContent-Length: 9999999999\r\n\r\n")
+    taken = 0
+    with suppress(ConnectionError):
+        while taken < 1 << 30:
+            taken += connection.send(bytes(1 << 16))
+            time.sleep(pause_seconds)
+    return taken
+
+
+def test_lingering_takes_no_more_than_its_bytes(serve: Serve) -> None:
+    service = serve(linger_seconds=60, linger_bytes=4 << 20)
+    with service.connect() as connection:
+        taken = refuse_and_count(connection, pause_seconds=0)
+    assert 4 << 20 <= taken < 100 << 20  # what waits in sockets is taken too
+
+
+def test_lingering_takes_no_longer_than_its_seconds(serve: Serve) -> None:
+    service = serve(linger_seconds=0.5, linger_bytes=1 << 40)
+    began = time.monotonic()
+    with service.connect() as connection:
+        refuse_and_count(connection, pause_seconds=0.02)
+    assert 0.4 < time.monotonic() - began < 10
 
 
 def test_shutdown_is_prompt_and_drain_waits_for_the_answer(serve: Serve) -> None:
