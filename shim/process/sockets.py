@@ -19,6 +19,8 @@ _TABLES = {"/proc/net/tcp": "{v4}", "/proc/net/tcp6": "{zero}{zero}{mapped}{v4}"
 # linux/net/tcp_states.h: what the client's end can be in before it has an answer.
 _CONNECTED = (b"01", b"04", b"05")  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2
 _LISTENING = b"0A"
+# A table that changes while it is read, as on a busy machine, may lack a row or have it twice.
+LOOKS = 4
 # The place of each column in a line.
 _LOCAL, _REMOTE, _STATE, _UID, _INODE = 1, 2, 3, 7, 9
 
@@ -48,9 +50,10 @@ def find_client(connection: Ends) -> Client:
 
     The uid is that of who made the socket, whoever has it now, as our user namespace knows it.
     """
-    uids = [_read_uid(row) for row in _find_rows(connection)]
-    if uids:
-        return Client(is_local=True, uid=uids[0] if len(uids) == 1 else None)
+    for _ in range(LOOKS):
+        uids = {_read_uid(row) for row in _find_rows(connection)}
+        if uids:
+            return Client(is_local=True, uid=uids.pop() if len(uids) == 1 else None)
     return Client(is_local=_is_ours(connection.client[0]))
 
 

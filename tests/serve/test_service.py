@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ import pytest
 from shim.contract.errors import TaskStopped
 from shim.contract.tasks import InferenceResult, InferenceTask
 from shim.log.log import Log
+from shim.process import sockets
 from shim.process.sockets import Client, Ends, find_client
 from shim.serve.protocol import Forbidden, Server, build_server
 from shim.serve.service import FORBIDDEN_MESSAGE, Service, resolve_command_uid
@@ -343,6 +345,23 @@ def test_a_body_of_six_megabytes_costs_little(serving: Serving, body: bytes) -> 
     assert grown < 200
     # The contract's 100 ms; what else this machine does may delay most of a few.
     assert times[(len(times) - 1) // 4] < 0.1
+
+
+@pytest.mark.parametrize("lacking", [1, 3])
+def test_a_row_that_a_changing_table_lacks_is_looked_for_again(
+    lacking: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_rows, looks = sockets._find_rows, itertools.count(1)
+
+    def find_late(ends: Ends) -> Iterator[list[bytes]]:
+        if next(looks) > lacking:
+            yield from [*find_rows(ends)] * 2  # and has it twice then
+
+    monkeypatch.setattr(sockets, "_find_rows", find_late)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()) as client:
+            ends = Ends(client=client.getsockname(), server=client.getpeername())
+            assert Client(is_local=True, uid=os.getuid()) == find_client(ends)
 
 
 def peak_mib() -> int:
