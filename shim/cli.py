@@ -22,7 +22,7 @@ from shim.contract.errors import InvalidSettings, TaskStopped, UsageError
 from shim.contract.settings import PREFIX
 from shim.frozen import describe, take_environment
 from shim.http.errors import RemoteError, SettingInvalid
-from shim.log.log import Log
+from shim.log.log import Log, Style
 from shim.process.privacy import overwrite_environment
 from shim.process.stopping import Stop
 from shim.runner.task import PlatformFailure
@@ -30,8 +30,6 @@ from shim.runner.task import PlatformFailure
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
-
-    from shim.log.log import Style
 
 PROGRAM = "sagemaker-shim"
 HELP_COLUMNS = 98

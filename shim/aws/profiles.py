@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
+from configparser import Error, RawConfigParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -113,8 +114,6 @@ def _read_sections(path: Path) -> dict[str, Section]:
 
 
 def _parse_sections(content: bytes, path: Path) -> dict[str, Section]:
-    from configparser import Error, RawConfigParser  # noqa: PLC0415  few machines have such files
-
     parser = RawConfigParser()
     try:
         parser.read_string(content.decode())

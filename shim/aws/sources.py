@@ -20,7 +20,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from shim.aws.endpoints import is_true, resolve_sts_url
@@ -33,10 +35,6 @@ from shim.http.attempts import Attempts, Policy
 from shim.http.errors import SettingInvalid, TransportError
 from shim.http.transport import FetchResponse
 from shim.http.urls import Url, parse_url
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
 
 # fetch(method, url, headers, body, timeout_seconds, proxied)
 Fetch = Callable[[str, str, Mapping[str, str], bytes | None, float, bool], FetchResponse]
@@ -383,8 +381,6 @@ def _credentials(
 
 def _parse_time(text: object, source: str) -> datetime:
     """Parse the forms that are met: ISO 8601 and that of RFC 1123."""
-    from email.utils import parsedate_to_datetime
-
     for parse_form in (datetime.fromisoformat, parsedate_to_datetime):
         with suppress(ValueError, OverflowError):
             time_ = parse_form(str(text))

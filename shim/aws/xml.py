@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from xml.parsers import expat
 
 from shim.http.errors import TransportError
 
@@ -30,8 +31,6 @@ class Element:
 
 def parse(document: bytes) -> Element:
     """Parse a document; TransportError when it is not well-formed or brings its own grammar."""
-    from xml.parsers import expat  # the first request, of the set-up, brings none
-
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
     stack = [Element("")]

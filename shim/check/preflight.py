@@ -22,17 +22,14 @@ from shim.contract.tasks import InferenceIO, InferenceTask, result_key, runtime_
 from shim.files.descriptors import closing_descriptor, is_mount_point, open_directory
 from shim.frozen import carried_bundle
 from shim.http.errors import RemoteError
+from shim.log.log import Log
 from shim.process.process import MemoryEvents, start
 from shim.process.scripts import find_fault
 from shim.process.users import User, image_user, may_make_files, resolve_user
 from shim.runner.user_command import resolve_spec
 from shim.s3.client import S3Client
 from shim.s3.errors import ServiceError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from shim.log.log import Log
-    from shim.s3.store import Store
+from shim.s3.store import Store
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 LOG_LEVELS = {OK: "INFO", WARNING: "WARNING", ERROR: "ERROR"}

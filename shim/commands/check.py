@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from shim.commands import tasklist
 from shim.commands.job import connect_store
+from shim.contract.settings import Settings
+from shim.contract.tasks import InferenceTask
 from shim.log.log import LOG_FORMATS, Log
+from shim.process.stopping import Stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from shim.contract.settings import Settings
-    from shim.contract.tasks import InferenceTask
-    from shim.process.stopping import Stop
     from shim.s3.store import Store
 
 HELP = "say what would go wrong, before it does"

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from shim.commands import tasklist
 from shim.commands.job import Job
 from shim.contract.errors import UsageError
 from shim.files.locks import exclusive
 from shim.log.log import LOG_FORMATS
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from shim.process.stopping import Stop
+from shim.process.stopping import Stop
 
 HELP = "run a list of tasks as a batch"
 

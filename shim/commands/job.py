@@ -19,7 +19,8 @@ from shim.files.exposure import find_exposure, never_exposed
 from shim.files.workspace import Workspace
 from shim.frozen import carried_bundle, load_everything
 from shim.http.errors import RemoteError
-from shim.log.log import Log
+from shim.log.log import Log, Style
+from shim.process.stopping import Stop
 from shim.process.users import User, image_user, is_ourselves
 from shim.runner.modes import ExecMode
 from shim.runner.runtime import Runtime, leave_setup_result
@@ -28,8 +29,6 @@ from shim.runner.user_command import UserCommand
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.log.log import Style
-    from shim.process.stopping import Stop
     from shim.runner.invoke_mode import InvokeMode
     from shim.s3.store import Store
 

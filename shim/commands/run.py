@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +16,10 @@ from shim.contract.tasks import InferenceTask, result_key
 from shim.files.locks import exclusive
 from shim.http.errors import RemoteError
 from shim.log.log import LOG_FORMATS, Log
+from shim.process.stopping import Stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from shim.process.stopping import Stop
     from shim.s3.store import Store
 
 HELP = "run one task on local directories, without AWS"

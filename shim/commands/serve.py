@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import threading
+from collections.abc import Mapping
 
 from shim.commands.job import Job
 from shim.contract.errors import TaskStopped
 from shim.files.locks import exclusive
 from shim.log.log import LOG_FORMATS
-from shim.process.stopping import wait_readable
+from shim.process.stopping import Stop, wait_readable
 from shim.runner.task import PlatformFailure
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from shim.process.stopping import Stop
 
 SERVE_HOST = "0.0.0.0"
 SERVE_PORT = 8080

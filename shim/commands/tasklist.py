@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator, Mapping
+from io import FileIO
 
 from shim.contract.errors import InvalidFields, UsageError
 from shim.contract.tasks import InferenceTask, parse_task_files, parse_tasks
 from shim.contract.uri import parse_s3_uri
 from shim.http.errors import RemoteError
-from shim.process.stopping import wait_readable
+from shim.process.stopping import Stop, wait_readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
-    from io import FileIO
-
-    from shim.process.stopping import Stop
     from shim.s3.store import Store
 
 # A list of 100,000 inputs has about 20 MB; Python needs some ten times that to hold it.

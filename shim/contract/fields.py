@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import accumulate, islice
 from json.decoder import JSONArray, JSONObject  # type: ignore[attr-defined]  # undocumented
@@ -20,7 +21,6 @@ from shim.contract.errors import MAX_PROBLEMS, VALUE_ERROR, InvalidFields, NotTe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from datetime import timedelta
     from typing import Any, TypeAlias, TypeVar
 
     Parser: TypeAlias = Callable[[object], Any]

@@ -20,19 +20,17 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, Protocol
 
 from shim.contract.errors import ShimError, UserSafeError
 from shim.files.descriptors import closing_descriptor, make_directories
 from shim.process.users import User, may_read
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from typing import Any, BinaryIO, Protocol
 
-    class Readable(Protocol):
-        def read(self, size: int, /) -> bytes: ...
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
 
 
 TAR_MESSAGE = "Tarfile could not be extracted"

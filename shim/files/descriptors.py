@@ -8,12 +8,9 @@ Rule 2: what is made is readable for its owner, whatever the umask.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 MAX_LINKS = 40  # path_resolution(7)
 OVERFLOW_UID = 65534  # user_namespaces(7): owns what no uid of ours stands for

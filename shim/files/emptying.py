@@ -11,10 +11,7 @@ import os
 from pathlib import Path
 
 from shim.files.descriptors import DIRECTORY, closing_descriptor, open_directory
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from shim.log.log import Log
+from shim.log.log import Log
 
 MAX_WARNINGS = 20  # of what one cleaning could not remove
 MAX_SHOWN_BYTES = 1024  # of a path

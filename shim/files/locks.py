@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from shim.contract.errors import UsageError
-from shim.contract.settings import VARIABLES
+from shim.contract.settings import VARIABLES, Settings
 from shim.files.descriptors import is_mount_point, open_directory
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from shim.contract.settings import Settings
-    from shim.log.log import Log
+from shim.log.log import Log
 
 LOCKS = Path("/proc/locks")
 ATTEMPTS = 10

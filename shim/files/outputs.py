@@ -10,19 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from shim.contract.errors import UserSafeError
 from shim.files.descriptors import DIRECTORY, MAX_LINKS, closing_descriptor, open_directory
-from shim.process.users import may_read
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from shim.process.users import User
+from shim.process.users import User, may_read
 
 OUTPUT_MESSAGE = "The containers output directory is not a directory"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from shim.contract.errors import UserSafeError
@@ -20,13 +21,8 @@ from shim.files.descriptors import (
 )
 from shim.files.emptying import Emptying, clean_directory
 from shim.files.outputs import Outputs, warn_of_link
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from shim.log.log import Log
-    from shim.process.users import User
+from shim.log.log import Log
+from shim.process.users import User
 
 RESET_MESSAGE = "The containers input and output directories could not be reset"
 

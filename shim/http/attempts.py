@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
+from typing import Any
 
 LONGEST_DELAY_SECONDS = 20.0
 LOUD_ATTEMPT = 3  # the first whose failure is a warning: two are everyday life

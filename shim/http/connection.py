@@ -22,9 +22,11 @@ import termios
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from typing import Protocol
 
 from shim.http.errors import StaleConnection, TransportError
 from shim.http.stream import SocketStream, unchecked
+from shim.http.tls import TlsStream
 from shim.http.wire import (
     CHUNKED,
     HEAD_LIMIT_BYTES,
@@ -34,19 +36,14 @@ from shim.http.wire import (
     parse_head,
 )
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Protocol
 
-    from shim.http.tls import TlsStream
+class Body(Protocol):
+    """The body of a request that is not held in memory."""
 
-    class Body(Protocol):
-        """The body of a request that is not held in memory."""
+    @property
+    def size(self) -> int: ...
 
-        @property
-        def size(self) -> int: ...
-
-        def blocks(self) -> Iterator[memoryview]: ...
+    def blocks(self) -> Iterator[memoryview]: ...
 
 
 CONNECT_SECONDS = 10.0

@@ -5,6 +5,7 @@ They never apply to near addresses, whatever the environment says.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from binascii import b2a_base64
 from collections.abc import Mapping
@@ -81,8 +82,6 @@ def _build_proxy(name: str, text: str) -> Proxy:
 
 def _covers(entry: str, host: str, port: int) -> bool:
     """Tell whether an entry of no_proxy speaks of a host."""
-    import ipaddress
-
     match = _BYPASS.fullmatch(entry)
     if match is None or match["port"] not in (None, str(port)):
         return False
@@ -100,8 +99,6 @@ def _covers(entry: str, host: str, port: int) -> bool:
 
 def _is_near(host: str) -> bool:
     """Tell whether only this machine can reach what the host means to it."""
-    import ipaddress
-
     if host == "localhost":
         return True
     try:

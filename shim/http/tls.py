@@ -9,9 +9,7 @@ from __future__ import annotations
 import ssl
 from contextlib import suppress
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from shim.http.stream import SocketStream
+from shim.http.stream import SocketStream
 
 RECEIVED_BYTES = 1 << 20
 SENT_BYTES = 256 << 10

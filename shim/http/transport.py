@@ -10,24 +10,21 @@ import errno
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.request import BaseHandler, OpenerDirector
 
 from shim.http.connection import CONNECT_SECONDS, Connection, Request, Response, State
 from shim.http.errors import CertificateError, StaleConnection, TransportError
 from shim.http.proxies import Proxies, Proxy
 from shim.http.stream import SocketStream
+from shim.http.tls import TlsStream
 from shim.http.trust import Trust
 from shim.http.urls import parse_url
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-    from shim.http.tls import TlsStream
 
 RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and changes them
 KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
@@ -211,10 +208,6 @@ class Transport:
         self, stream: SocketStream, host: str, seconds: float, *, outer: TlsStream | None = None
     ) -> TlsStream:
         """Shake hands with a host; outer: the stream to the proxy before it."""
-        import ssl
-
-        from shim.http.tls import TlsStream  # noqa: F811
-
         stream.limit(seconds, f"TLS with {host}")
         try:
             tls = TlsStream(outer or stream, self.trust.context(), host)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 
 from shim.files.exposure import find_exposure
 from shim.http.errors import CertificateError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import ssl
 
 # Where distributions keep their bundle; the first that exists is read.
 IMAGE_BUNDLES = (
@@ -88,8 +85,6 @@ class Trust:
         return not reason
 
     def _load(self) -> ssl.SSLContext:
-        import ssl
-
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         for path in (*(() if self._is_chosen else self._list_system_store()), *self._bundles):
             where = "capath" if os.path.isdir(path) else "cafile"
@@ -101,8 +96,6 @@ class Trust:
 
     def _list_system_store(self) -> list[str]:
         """Name what OpenSSL's set_default_verify_paths loads: it takes no look at who owns it."""
-        import ssl
-
         system = ssl.get_default_verify_paths()
         directories = (self._directories or system.openssl_capath).split(":")
         paths = [*filter(os.path.isfile, [system.openssl_cafile])]

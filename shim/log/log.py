@@ -13,16 +13,18 @@ from __future__ import annotations
 import os
 import select
 import threading
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as escape
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
     from typing import Literal
 
     Source = Literal["stdout", "stderr"]
     Style = Literal["json", "text"]
+else:
+    Source = Style = str
 
 # Container engines cut a log line into parts of 16 KiB; the newline is counted here.
 MAX_LINE_BYTES = 16_383

@@ -24,9 +24,7 @@ import threading
 import time
 from collections import deque
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from shim.log.log import Log, Source
+from shim.log.log import Log, Source
 
 CHUNK_BYTES = 65_536  # what a pipe holds
 MAX_HELD_CHARACTERS = 16_384  # about one JSON line: more cannot go out in one piece anyway

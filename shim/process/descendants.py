@@ -20,14 +20,11 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from shim.process.privacy import find_prctl
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _REAP_SECONDS = 1.0

@@ -6,18 +6,15 @@ shared memory, semaphores, message queues: see sysvipc(7); the tables are in /pr
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from shim.process import descendants
 from shim.process.killer import take_place
 from shim.process.libc import find_function
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import NoReturn
 
 _TABLES = Path("/proc/sysvipc")
 # The name of the table, the function, and what makes that remove an id: IPC_RMID is 0.

@@ -19,17 +19,13 @@ import gc
 import os
 import signal
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 from shim.process import descendants
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from typing import NoReturn
-
-    from shim.process.descendants import Stat
+from shim.process.descendants import Stat
 
 _ANSWER_SECONDS = 5.0
 _MAX_FDS = 1 << 20  # as in shim.process.launch

@@ -20,18 +20,15 @@ import os
 import resource
 import signal
 import stat
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from shim.frozen import load_everything
 from shim.process import descendants
 from shim.process.privacy import PR_SET_NO_NEW_PRIVS, find_prctl, forbid_inspection
 from shim.process.users import User
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import NoReturn
 
 _OOM_SCORE_RAISE = 100  # of 1000: the child counts for a tenth of all memory more than the shim
 _DEV_NULL = os.makedev(1, 3)

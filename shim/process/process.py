@@ -19,6 +19,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -35,13 +36,8 @@ from shim.process.executables import (
     explain_exec_error,
 )
 from shim.process.launch import Launched, ProcessSpec, StartError, launch
+from shim.process.stopping import Stop
 from shim.process.users import User
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from shim.process.stopping import Stop
 
 _LONGEST_WAIT_SECONDS = 3600.0
 _SLICE_SECONDS = 0.05  # where we must look again: no pidfd before Linux 5.3, second signals

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Callable
 
 from shim.contract.errors import TaskStopped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Protocol
 
     class HasFileno(Protocol):

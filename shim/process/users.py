@@ -12,10 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from shim.contract.errors import UserSafeError
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from shim.contract.settings import Settings
+from shim.contract.settings import Settings
 
 PASSWD = Path("/etc/passwd")
 GROUP = Path("/etc/group")

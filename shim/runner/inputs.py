@@ -23,15 +23,11 @@ from functools import partial
 from shim.contract.errors import UserSafeError
 from shim.contract.tasks import InferenceIO, InferenceTask, is_safe_relative_path
 from shim.files.archives import extract_zip
+from shim.files.workspace import Workspace
+from shim.log.log import Log
 from shim.s3.errors import S3ClientError
-from shim.s3.transfer import Download
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from shim.files.workspace import Workspace
-    from shim.log.log import Log
-    from shim.s3.store import Store
-    from shim.s3.transfer import Transfers
+from shim.s3.store import Store
+from shim.s3.transfer import Download, Transfers
 
 MAX_PATH_BYTES = 4095  # PATH_MAX in limits.h: nobody opens a longer one
 # Nothing else gets in the way of files that have a place each.

@@ -13,9 +13,11 @@ from pathlib import Path
 from shim.contract.errors import TaskStopped, UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import RuntimeSetupResult, runtime_setup_key
+from shim.contract.uri import S3Location
 from shim.files.descriptors import closing_descriptor, open_directory
 from shim.files.emptying import clean_directory
 from shim.files.workspace import ensure_writable_directories
+from shim.http.errors import RemoteError
 from shim.log.log import Log
 from shim.process.stopping import STOPPED_MESSAGE, Stop
 from shim.process.users import image_user
@@ -24,7 +26,6 @@ from shim.runner.results import UNEXPECTED_MESSAGE, put_signed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from shim.contract.uri import S3Location
     from shim.s3.store import Store
 
 
@@ -82,7 +83,6 @@ class Runtime:
         if source is None:
             return
         from shim.files.archives import extract_tar
-        from shim.http.errors import RemoteError
 
         self._stop.check()
         self._log.info(f"Unpacking the {name} from {source} to {destination}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote
 
 from shim.aws.credentials import credential_provider
@@ -35,14 +36,8 @@ from shim.s3.endpoints import EndpointConfiguration
 from shim.s3.errors import S3ClientError
 from shim.s3.operations import Operation, Session, read_headers
 from shim.s3.retries import PERSISTENT_ATTEMPTS, configured_attempts
-from shim.s3.store import ObjectHead, ObjectSummary
+from shim.s3.store import ObjectHead, ObjectSummary, Report, Store
 from shim.s3.upload import upload
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import BinaryIO
-
-    from shim.s3.store import Report, Store
 
 PAGE_LIMIT_BYTES = 16 << 20
 # By precedence, as for other endpoints: a profile cannot name a directory.

@@ -11,16 +11,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from shim.s3.buffers import borrow_buffer
+from shim.s3.crew import Crew
 from shim.s3.errors import FileChanged, S3ClientError, ServiceError
 from shim.s3.store import ObjectHead, ObjectSummary
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import BinaryIO
-
-    from shim.s3.crew import Crew
 
 METADATA = ".metadata"
 FILE_MODE = 0o644  # of downloads, whatever the umask

@@ -19,7 +19,9 @@ import os
 import re
 import threading
 import zlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 from shim.http.connection import Response
 from shim.http.errors import TransportError
@@ -31,11 +33,6 @@ from shim.s3.errors import IntegrityError, ObjectChanged, S3ClientError, Service
 from shim.s3.operations import Operation, Session
 from shim.s3.pace import Pace
 from shim.s3.retries import RESUMES
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Any
 
 SMALLEST_PART_BYTES = 8 << 20
 LARGEST_PART_BYTES = 64 << 20

@@ -8,43 +8,39 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from typing import Protocol, TypeVar
 
+from shim.aws.credentials import CredentialProvider
 from shim.aws.endpoints import Endpoint
 from shim.aws.sigv4 import EMPTY_PAYLOAD_HASH, UNSIGNED_PAYLOAD, Credentials, encode_key, sign
 from shim.aws.xml import parse
 from shim.http.attempts import LOUD_ATTEMPT, Attempts, delay_seconds
-from shim.http.connection import READ_SECONDS, Request, Response
+from shim.http.connection import READ_SECONDS, Body, Request, Response
 from shim.http.errors import RemoteError, TransportError
 from shim.http.stream import unchecked
 from shim.http.transport import Transport
+from shim.http.trust import Trust
 from shim.s3 import retries
 from shim.s3.checksums import Checksum, ChecksumPolicy
 from shim.s3.endpoints import EndpointConfiguration, resolve
 from shim.s3.errors import IntegrityError, ServiceError
 from shim.s3.retries import Kind
+from shim.s3.store import Report
 from shim.s3.throttle import Throttle
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Protocol, TypeVar
+T = TypeVar("T", covariant=True)
 
-    from shim.aws.credentials import CredentialProvider
-    from shim.http.connection import Body
-    from shim.http.trust import Trust
-    from shim.s3.store import Report
 
-    T = TypeVar("T", covariant=True)
+class Exchange(Protocol[T]):
+    """What is asked in one attempt after the other, and what becomes of the answer."""
 
-    class Exchange(Protocol[T]):
-        """What is asked in one attempt after the other, and what becomes of the answer."""
+    position: int  # grows while a body arrives
 
-        position: int  # grows while a body arrives
+    def prepare(self) -> Operation:
+        """Return what the next attempt asks for; this may read the file that it sends."""
 
-        def prepare(self) -> Operation:
-            """Return what the next attempt asks for; this may read the file that it sends."""
-
-        def consume(self, response: Response) -> T:
-            """Read the answer, as far as it is needed."""
+    def consume(self, response: Response) -> T:
+        """Read the answer, as far as it is needed."""
 
 
 ERROR_LIMIT_BYTES = 64 << 10

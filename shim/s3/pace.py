@@ -7,11 +7,9 @@ and the file, and each further one makes all of them slower.
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from collections.abc import Callable
 
-    from shim.http.connection import Response
+from shim.http.connection import Response
 
 WINDOW_BYTES = 2 << 20
 QUEUE_BYTES = 64 << 10  # of less than this it is said that we waited for it

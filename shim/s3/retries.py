@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from enum import Enum
 
 from shim.http.attempts import Policy
@@ -111,8 +112,6 @@ def _kind_of_answer(error: ServiceError, now: datetime) -> Kind:
 
 def skew_of(headers: Mapping[str, str], *, now: datetime) -> timedelta:
     """Return how far the server's clock is ahead, by the Date of its answer; 0 without one."""
-    from email.utils import parsedate_to_datetime
-
     try:
         return parsedate_to_datetime(headers["date"]) - now
     except (KeyError, ValueError, TypeError):

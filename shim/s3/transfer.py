@@ -11,17 +11,13 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shim.s3.crew import Crew
 from shim.s3.errors import ServiceError
+from shim.s3.store import Store
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import TypeVar
-
-    from shim.s3.store import Store
-
-    T = TypeVar("T")
+T = TypeVar("T")
 
 # Of S3, Ceph and MinIO: nothing is wrong but the key.
 KEY_REFUSED = ("InvalidObjectName", "InvalidURI", "KeyTooLongError", "XMinioInvalidObjectName")

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from shim.aws.xml import Element, parse
 from shim.http.connection import Response
@@ -28,10 +29,6 @@ from shim.s3.crew import MOST_HELPERS, Abandoned, Crew
 from shim.s3.documents import build_complete
 from shim.s3.errors import FileChanged, S3ClientError, ServiceError
 from shim.s3.operations import ERROR_LIMIT_BYTES, Operation, Session, error_of, read_headers
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
 
 MIB = 1 << 20
 IN_MEMORY_BYTES = 256 << 10

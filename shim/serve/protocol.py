@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -30,14 +31,12 @@ from socketserver import TCPServer, ThreadingMixIn
 
 from shim.contract.errors import InvalidTasks, NotText, Problem, ShimError, TaskStopped
 from shim.http.wire import FIELD, LENGTH, TOKEN, parse_chunk_size
+from shim.log.log import Log
 from shim.process.sockets import Ends
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any, NoReturn, Protocol
-
-    from shim.log.log import Log
 else:
     Protocol = object
 
