@@ -167,6 +167,59 @@ def test_it_stays_small(binary: Path) -> None:
     assert BUDGET_BYTES >= binary.stat().st_size
 
 
+# Every verb, what is refused, and what check says: the public paths of the modules that are changed
+# while freezing; the end-to-end tests have those of serve.
+COMMAND_LINES = {
+    "nothing": [],
+    "help": ["--help"],
+    **{f"help of {verb}": [verb, "--help"] for verb in ("serve", "invoke", "run", "check")},
+    "unknown verb": ["fly"],
+    "unknown option": ["serve", "--fly"],
+    "ambiguous option": ["check", "--r", "--fi"],
+    "two sources": ["invoke", "-t", "[]", "-f", "list.json"],
+    "no source": ["invoke"],
+    "no value": ["invoke", "-t"],
+    "missing options": ["run"],
+    "wrong choice": ["run", "--input", "/tmp", "--output", "/tmp", "--log-format", "xml"],
+    "wrong port": ["serve", "--port", "70000"],
+    "wrong duration": ["run", "--input", "/", "--output", "/tmp/o", "--timeout", "PT", "--", "x"],
+    "wrong tasks": ["invoke", "-t", '[{"pk": 1, "timeout": "P1Y", "inputs": {}}]'],
+    "wrong JSON": ["invoke", "-t", "[NaN"],
+    "list that is missing": ["invoke", "-f", "/nowhere.json"],
+    "wrong URI": ["invoke", "-f", "s3://B/x"],
+    "check of no command": ["check", "--log-format", "json"],
+    "check in text": ["check", "--log-format", "text", "--", "/bin/true"],
+    "check of a list": ["check", "-t", '[{"pk": 1}]'],
+}
+ENVIRONMENTS: dict[str, dict[str, str]] = {
+    "plain": {},
+    "wrong variables": {P + "MODEL": "http://[::1/x", P + "MAX_MEMORY_MB": "much"},
+    "an address": {"AWS_S3_ENDPOINT_URL": "http://[::1]:1", "AWS_ACCESS_KEY_ID": "a"},
+    "a language": {"LANGUAGE": "de", "LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8"},
+}
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.parametrize("words", COMMAND_LINES)
+def test_it_says_what_the_source_says(binary: Path, words: str, environment: str) -> None:
+    def say(*program: object) -> tuple[int, list[str]]:
+        done = subprocess.run(
+            ["unshare", "--mount", "--pid", "--fork", "--mount-proc", *map(str, program)]
+            + COMMAND_LINES[words],
+            env={"PATH": os.environ["PATH"]} | ENVIRONMENTS[environment],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        # What differs from moment to moment, and the authorities that are carried.
+        changing = r"\d+ certificates\b|, those carried by this program|\d+ MiB\b|\d+\.\d+ s\b"
+        text = re.sub(changing, "", done.stdout + done.stderr)
+        return done.returncode, text.splitlines()
+
+    assert say(sys.executable, "-m", "shim") == say(binary)
+
+
 @pytest.mark.timeout(240)
 def test_two_builds_are_the_same(binary: Path, tmp_path: Path) -> None:
     python = next((ROOT / ".venv").glob("freeze-*")) / "bin/python"

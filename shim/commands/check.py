@@ -12,7 +12,7 @@ from shim.contract.tasks import InferenceTask
 from shim.log.log import LOG_FORMATS, Log
 from shim.process.stopping import Stop
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # s3.store: 5 ms
 if TYPE_CHECKING:
     from shim.s3.store import Store
 
@@ -33,7 +33,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Say what would go wrong; 0 when nothing certainly would."""
-    from shim.check import preflight
+    from shim.check import preflight  # 57 ms
 
     text, file = arguments.tasks, arguments.file
     is_list_given = tasklist.is_given(arguments)

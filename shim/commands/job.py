@@ -27,7 +27,7 @@ from shim.runner.runtime import Runtime, leave_setup_result
 from shim.runner.task import Runner
 from shim.runner.user_command import UserCommand
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # s3.store: 5 ms, invoke_mode: 20 ms
 if TYPE_CHECKING:
     from shim.runner.invoke_mode import InvokeMode
     from shim.s3.store import Store
@@ -139,7 +139,7 @@ def mode_of(settings: Settings) -> type[ExecMode | InvokeMode]:
     """Return the class of the API method that is set."""
     if settings.api_method != "invoke":
         return ExecMode
-    from shim.runner.invoke_mode import InvokeMode  # noqa: F811
+    from shim.runner.invoke_mode import InvokeMode  # noqa: F811  20 ms
 
     return InvokeMode
 
@@ -170,8 +170,8 @@ def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
 
 def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop: Stop) -> Store:
     """Return the object storage that the environment names."""
-    from shim.process.process import run_helper
-    from shim.s3.client import connect
+    from shim.process.process import run_helper  # 12 ms
+    from shim.s3.client import connect  # 36 ms, of which ssl is half
 
     user = _find_command_user(settings)
 

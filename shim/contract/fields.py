@@ -19,7 +19,7 @@ from types import MappingProxyType
 from shim.contract.durations import parse_duration
 from shim.contract.errors import MAX_PROBLEMS, VALUE_ERROR, InvalidFields, NotText, Problem
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # typing: 3 ms
 if TYPE_CHECKING:
     from typing import Any, TypeAlias, TypeVar
 

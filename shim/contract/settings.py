@@ -14,7 +14,7 @@ from shim.contract.errors import InvalidFields, InvalidSettings, Problem
 from shim.contract.fields import decode_json
 from shim.contract.uri import S3Location, is_bucket_name, parse_s3_uri
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # typing: 3 ms
 if TYPE_CHECKING:
     from typing import Any
 

@@ -45,6 +45,11 @@ class Attempts:
 
         is_further: bytes of the body had arrived since the last one, so that all attempts are left.
         """
+        # Three ledgers. A kind with a limit of its own (a stale connection, a wrong clock) is held
+        # to that one alone. A body that broke off after it brought something new starts the count
+        # again, so that a long download over a bad line gets to its end, but only `resumes` times,
+        # so that a server which sends a byte each time does not keep us for ever. All else uses up
+        # one of `most`.
         limit = self._policies[kind].limit
         self.kinds.append(kind)
         if is_further and self._resumed < self._resumes:

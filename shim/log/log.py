@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as escape
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # typing: 3 ms
 if TYPE_CHECKING:
     from typing import Literal
 
@@ -81,7 +81,7 @@ class Log:
 
     def exception(self, message: str, error: BaseException) -> None:
         """Write message and the traceback of error as internal ERROR lines."""
-        import traceback  # slow to import, and seldom needed
+        import traceback  # 2 ms
 
         self.error("\n".join([message, *traceback.format_exception(error)]))
 

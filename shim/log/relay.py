@@ -192,6 +192,10 @@ class _Stream:
 
     def split(self, text: str) -> list[str]:
         """Return the lines that text completes; hold the rest."""
+        # splitlines tells no finished last line from an unfinished one: the end of the text does.
+        # A CR at its end is held, for it may be half of CR LF; with the line that it ends, so that
+        # the two are split as one. When the start of a line has gone out already, its break, which
+        # comes now, would make an empty line: that one is dropped.
         text = self._held + text
         lines = text.splitlines()
         self._held = ""

@@ -130,6 +130,10 @@ def end_descendants(
     - session: the one that the task's first process led; others are found from there
     - kill_all: called with all that /proc shows, and our other children, while there is somebody
     """
+    # A look at /proc takes longer than a process may live, so no look tells the truth about one
+    # moment. What is new is stopped, so that it makes no more children; what is seen a second time
+    # is killed; orphans that we collected meanwhile are signs of somebody whom we did not see.
+    # Only two looks in a row without anybody and without a sign prove that nobody is left.
     sessions = {session}
     seen: set[int] = set()
     living: list[Stat] = []

@@ -14,7 +14,7 @@ def find_function(name: str) -> Callable[..., int]:
     It may be called between fork and exec. Raises ImportError in an odd build without _ctypes,
     OSError where there is no such function.
     """
-    import _ctypes
+    import _ctypes  # 1 ms
 
     address = _ctypes.dlsym(_ctypes.dlopen(None, 0), name)  # type: ignore[arg-type]  # NULL
     call = _ctypes.call_function

@@ -18,7 +18,7 @@ from shim.log.log import Log
 from shim.process.stopping import Stop
 from shim.runner.user_command import SURVIVORS_MESSAGE, UserCommand
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # typing: 3 ms, process: 12 ms
 if TYPE_CHECKING:
     from typing import Protocol
 

@@ -34,7 +34,14 @@ class Work:
 
 
 class Crew:
-    """Up to `concurrency` threads, started as work comes and ended with it."""
+    """Up to `concurrency` threads, started as work comes and ended with it.
+
+    run() offers the outermost step, "take the next file": a thread that is free calls it. In that
+    call a large file may offer a step of its own, "fetch the next part", to which threads that are
+    free come first, while the one that offered it calls it too, by finish(). A call that is under
+    way counts in `calls`; work is over when it is closed and nobody is in it. The one lock is held
+    only to look and to count, never while a step runs.
+    """
 
     def __init__(self, *, concurrency: int, check: Callable[[], None]) -> None:
         """check(): raises what ends all work."""

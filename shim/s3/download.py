@@ -170,7 +170,14 @@ class _Range:
 
 
 class _Whole(_Range):
-    """The range that begins at 0 and ends where the other threads have begun."""
+    """The range that begins at 0 and ends where the other threads have begun.
+
+    The bytes from _first to _end are nobody's yet. The stream that has been there from the start
+    takes the next piece from the front; who comes to help takes the next part from the back: nobody
+    waits, and whoever is faster does more. When they meet, the stream is cut off and all is here.
+    A server that ignores ranges sends the helper the whole object: its part is returned, and the
+    stream goes on through it when it gets there (_take_first), or fetches it at the end.
+    """
 
     takes_whole = True
 
