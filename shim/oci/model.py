@@ -35,11 +35,13 @@ class Blob:
 
     open: a new stream from the offset on, verified against the descriptor when from 0.
     origin: registry host and repository that hold it already, for a mount.
+    position: where it stands in its source, which is read fastest in this order.
     """
 
     descriptor: Descriptor
     open: Callable[[int], Readable]
     origin: tuple[str, str] | None = None
+    position: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
