@@ -47,6 +47,8 @@ _INNER = (
     "NetworkDisabled MacAddress OnBuild Labels StopSignal StopTimeout Shell"
 ).split()
 _ROOTFS = ["type", "diff_ids"]
+# image-spec specs-go/v1/config.go
+_GO_ORDER = "User ExposedPorts Env Entrypoint Cmd Volumes WorkingDir Labels StopSignal".split()
 
 
 class State(Enum):
@@ -73,7 +75,7 @@ def check_config(config: Mapping[str, Any], *, layers: int) -> None:
     _check_names(inner, _INNER)
     _check_names(rootfs, _ROOTFS)
     for name in ("Env", "Entrypoint", "Cmd"):
-        if not _is_list_of(inner.get(name) or [], str):
+        if inner.get(name) is not None and not _is_list_of(inner[name], str):
             raise ImageUnsuitable(f"The configuration's {name}: expected a list of texts")
     labels = inner.get("Labels") or {}
     if not isinstance(labels, dict) or not _is_list_of([*labels.values()], str):
@@ -195,14 +197,11 @@ def _undone(inner: Mapping[str, Any], state: State) -> dict[str, Any]:
         undone["Entrypoint"] = _decode(recorded[ENTRYPOINT_VARIABLE])
         undone["Cmd"] = _decode(recorded[CMD_VARIABLE])
         undone["User"] = recorded.get(USER_VARIABLE, "")
-    order = {
-        name: index for index, name in enumerate(("User", "ExposedPorts", "Env", "Entrypoint"))
-    }
+    rank = {name: index for index, name in enumerate(_GO_ORDER)}
     return {
         name: undone[name]
-        for name in sorted(undone, key=lambda name: order.get(name, len(order)))
-        if name in inner or undone[name]
-        if undone[name] or name not in ("Labels", "Env", "Cmd", "Entrypoint", "User")
+        for name in sorted(undone, key=lambda name: rank.get(name, len(rank)))
+        if undone[name] or name not in ("User", "Env", "Entrypoint", "Cmd", "Labels")
     }
 
 

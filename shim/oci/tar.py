@@ -81,7 +81,9 @@ def read_members(read_at: Callable[[int, int], bytes]) -> Iterator[Member]:
 def _parse_header(header: bytes, offset: int, extended: dict[str, str]) -> Member:
     try:
         checksum = int(header[148:156].strip(b" \0"), 8)
-        if checksum != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+        if len(header) < BLOCK_BYTES or checksum != sum(header[:148]) + 8 * ord(" ") + sum(
+            header[156:]
+        ):
             raise ValueError
         kind = header[156:157].replace(b"\0", FILE).replace(b"7", FILE)
         size_bytes = int(extended.get("size") or _number(header[124:136]))
