@@ -210,7 +210,10 @@ def _decode(text: str) -> object:
         body = base64.b64decode(text, validate=True)
     except ValueError as error:
         raise ImageUnsuitable("What the image should start is not recorded in base64") from error
-    return gojson.loads_any(body, name="The recorded command")
+    argv = gojson.loads_any(body, name="The recorded command")
+    if argv is not None and not _is_list_of(argv, str):
+        raise ImageUnsuitable("The recorded command: expected null or a list of texts")
+    return argv
 
 
 def _is_root(user: str) -> bool:

@@ -29,7 +29,7 @@ _FORM = "[HOST[:PORT]/]NAME[:TAG][@DIGEST]"
 REGISTRY, LAYOUT, LAYOUT_ARCHIVE, DOCKER_ARCHIVE, PATH = (
     "docker", "oci", "oci-archive", "docker-archive", "path"
 )  # fmt: skip
-_ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PATH_PREFIXES = ("/", "./", "../")
 
 
@@ -128,7 +128,7 @@ def parse_location(text: str) -> Location:
         return _registry(text.removeprefix("docker://"))
     if not colon or kind not in (LAYOUT, LAYOUT_ARCHIVE, DOCKER_ARCHIVE):
         is_path = text in (".", "..") or text.startswith(_PATH_PREFIXES)
-        if is_path or text.endswith(_ARCHIVE_SUFFIXES):
+        if is_path or text.endswith(ARCHIVE_SUFFIXES):
             return Location(kind=PATH, path=text)
         return _registry(text)
     path, _, name = rest.partition(":")

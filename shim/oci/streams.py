@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from shim.oci.errors import ImageUnsuitable, StorageError
@@ -67,6 +68,16 @@ class VerifiedReader:
                 f"{self._name}: expected {expected:,} bytes of {self._descriptor.digest}, "
                 f"found {'more' if self._size_bytes > expected else f'{self._size_bytes:,}'}"
             )
+
+
+@contextmanager
+def storage_errors(name: object) -> Iterator[None]:
+    """Raise StorageError for what a disk or a damaged file of that name does."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{name}: {reason}") from error
 
 
 def new_hash(digest: str) -> hashlib._Hash:

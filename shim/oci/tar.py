@@ -102,11 +102,16 @@ def _parse_header(header: bytes, offset: int, extended: dict[str, str]) -> Membe
     if kind == SYMLINK and not link.startswith("/"):
         link = posixpath.join(posixpath.dirname(name), link)
     return Member(
-        name=_normal(name), kind=kind, size_bytes=size_bytes, offset=offset, link=_normal(link)
+        name=normal_name(name),
+        kind=kind,
+        size_bytes=size_bytes,
+        offset=offset,
+        link=normal_name(link),
     )
 
 
-def _normal(name: str) -> str:
+def normal_name(name: str) -> str:
+    """Return a name as a path below the root: neither "./" nor ".." can lead out of it."""
     return posixpath.normpath(f"/{name}").lstrip("/")
 
 
