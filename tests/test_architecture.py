@@ -26,7 +26,7 @@ aws: errors sigv4 profiles xml endpoints sources credentials
 s3: errors checksums endpoints documents retries throttle crew buffers store operations pace
 s3: download upload directory client transfer
 oci: errors model gojson reference config mutate streams tar layer layout
-oci: archive
+oci: archive patcher
 runner: user_command modes invoke_mode inputs uploads results task runtime
 check: preflight
 serve: protocol service

@@ -37,7 +37,6 @@ from shim.oci.layout import (
     LayoutSource,
     blob_path,
     index_entry,
-    names_of,
     write_all,
 )
 from shim.oci.model import Blob, Descriptor, Image, Readable, Sink, Source
@@ -293,6 +292,7 @@ class ArchiveSink:
         self._path, self._name, self._docker = path, name, docker
         self._partial = path.with_name(f".{path.name[:64]}.{secrets.token_hex(4)}")
         self._placed: set[str] = set()
+        self._current: str | None = None
         self._write: Callable[[bytes], object] = len
         self._finish: Callable[[], None] = _nothing
         self._files = ExitStack()
@@ -318,14 +318,11 @@ class ArchiveSink:
         try:
             with open_tar(self._path) as files:
                 index = gojson.loads(read_document(files.open(INDEX), name=INDEX), name=INDEX)
-                found = {
-                    (str(entry.get("digest")), *names_of(entry.get("annotations"))[:1])
-                    for entry in index.get("manifests") or []
-                }
+                digests = {str(entry.get("digest")) for entry in index.get("manifests") or []}
         except (ImageUnsuitable, StorageError):
             return "something else"
-        digests = {digest for digest, *_ in found}
-        return digests.pop() if len(digests) == 1 else "something else"
+        self._current = digests.pop() if len(digests) == 1 else "something else"
+        return self._current
 
     def place(self, blob: Blob) -> str:
         """Append a blob unless it is there."""
@@ -344,9 +341,11 @@ class ArchiveSink:
             self._write(padding(size_bytes))
 
     def commit(self, image: Image) -> str:
-        """Write the documents, and give the file its name."""
+        """Write the documents and give the file its name, unless this image has it already."""
         config = document_blob(image.config_bytes, "")
         manifest = document_blob(image.manifest_bytes, image.media_type)
+        if (digest := manifest.descriptor.digest) == self._current:
+            return f"{self._path}@{digest}"
         self.place(config)
         self.place(manifest)
         names = (self._name,) if self._name else image.names
@@ -361,7 +360,7 @@ class ArchiveSink:
             self._write(END)
             self._finish()
             os.replace(self._partial, self._path)
-        return f"{self._path}@{manifest.descriptor.digest}"
+        return f"{self._path}@{digest}"
 
     def _annotations(self, name: str) -> dict[str, str]:
         if not name or not self._docker and name == self._name:
@@ -375,6 +374,8 @@ def _nothing() -> None:
 
 
 def _entry(image: Image, names: Sequence[str]) -> dict[str, Any]:
+    if any(layer.media_type.endswith("zstd") for layer in layers_of(image.manifest)):
+        raise ImageUnsuitable("An archive of docker save has no layers in zstd: use oci-archive:")
     return {
         "Config": blob_path(config_of(image.manifest).digest),
         "RepoTags": [parse_reference(name).familiar for name in names] or None,
