@@ -23,7 +23,7 @@ from threading import Lock
 from typing import Any, Self
 
 from shim.contract.errors import UsageError
-from shim.oci import gojson
+from shim.oci import gojson, mutate, tar
 from shim.oci.config import check_config, diff_ids_of
 from shim.oci.errors import ImageUnsuitable, StorageError
 from shim.oci.layout import (
@@ -40,16 +40,6 @@ from shim.oci.layout import (
     write_all,
 )
 from shim.oci.model import Blob, Descriptor, Image, Readable, Sink, Source
-from shim.oci.mutate import (
-    DOCKER,
-    DOCKER_CONFIG,
-    DOCKER_MANIFEST,
-    OCI_INDEX,
-    build_manifest,
-    config_of,
-    layer_type,
-    layers_of,
-)
 from shim.oci.reference import (
     ARCHIVE_SUFFIXES,
     DOCKER_ARCHIVE,
@@ -70,17 +60,6 @@ from shim.oci.streams import (
     read_document,
     storage_errors,
 )
-from shim.oci.tar import (
-    END,
-    FILE,
-    LINK,
-    SYMLINK,
-    Member,
-    build_header,
-    normal_name,
-    padding,
-    read_members,
-)
 
 MANIFEST = "manifest.json"
 _MAX_LINKS = 10
@@ -95,7 +74,7 @@ class TarFiles:
     def __init__(self, name: str, read_at: Callable[[int, int], bytes], *, slow: bool) -> None:
         """read_at(offset, size): of the tar; slow: whether going back means to begin anew."""
         self.name, self._read_at, self._slow = name, read_at, slow
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, tar.Member] = {}
         self._twice: set[str] = set()
         self._kept: dict[str, bytes] = {}
         self._described: dict[str, Descriptor] = {}
@@ -103,11 +82,11 @@ class TarFiles:
     def scan(self) -> None:
         """Find the members, once, in the order in which they stand."""
         kept_bytes = 0
-        for member in read_members(self._read_at):
-            if member.name in self._members and member.kind == FILE:
+        for member in tar.read_members(self._read_at):
+            if member.name in self._members and member.kind == tar.FILE:
                 self._twice.add(member.name)
             self._members[member.name] = member
-            if not self._slow or member.kind != FILE:
+            if not self._slow or member.kind != tar.FILE:
                 continue
             if member.size_bytes <= min(_KEPT_BYTES, _MAX_KEPT_BYTES - kept_bytes):
                 kept_bytes += member.size_bytes
@@ -118,7 +97,7 @@ class TarFiles:
     def __contains__(self, path: str) -> bool:
         return path in self._members
 
-    def member(self, path: str) -> Member:
+    def member(self, path: str) -> tar.Member:
         """Return a file, where links lead to it."""
         found = path
         for _ in range(_MAX_LINKS):
@@ -126,9 +105,9 @@ class TarFiles:
             if member is None or found in self._twice:
                 reason = "is there twice" if member else "is missing"
                 raise StorageError(f"{self.name}: {found!r:.300} {reason}")
-            if member.kind == FILE:
+            if member.kind == tar.FILE:
                 return member
-            if member.kind not in (LINK, SYMLINK):
+            if member.kind not in (tar.LINK, tar.SYMLINK):
                 break
             found = member.link
         raise StorageError(f"{self.name}: {path!r:.300} is no file, and leads to none")
@@ -139,7 +118,7 @@ class TarFiles:
             return PieceReader(iter([self._kept[member.name][offset:]]))
         return PieceReader(self._pieces(member, offset))
 
-    def _pieces(self, member: Member, offset: int) -> Iterator[bytes]:
+    def _pieces(self, member: tar.Member, offset: int) -> Iterator[bytes]:
         while rest := member.size_bytes - offset:
             piece = self._read_at(member.offset + offset, min(rest, PIECE_BYTES))
             if not piece:
@@ -202,18 +181,21 @@ class ArchiveSource:
             raise ImageUnsuitable(f"{MANIFEST}: expected a list of layers")
         check_config(config, layers=len(paths))
         layers = [
-            self._layer(normal_name(str(path)), diff_id)
+            self._layer(tar.normal_name(str(path)), diff_id)
             for path, diff_id in zip(paths, diff_ids_of(config), strict=True)
         ]
-        manifest = build_manifest(
-            {}, family=DOCKER, config=describe([config_body], DOCKER_CONFIG), layers=layers
+        manifest = mutate.build_manifest(
+            {},
+            family=mutate.DOCKER,
+            config=describe([config_body], mutate.DOCKER_CONFIG),
+            layers=layers,
         )
         image = Image(
             manifest_bytes=gojson.dumps(manifest),
             config_bytes=config_body,
             manifest=manifest,
             config=config,
-            media_type=DOCKER_MANIFEST,
+            media_type=mutate.DOCKER_MANIFEST,
             names=tuple(_full_names(entry)),
         )
         return self._indexed(image, os_name, architecture) or image
@@ -234,7 +216,7 @@ class ArchiveSource:
         return found
 
     def _document(self, path: str) -> bytes:
-        path = normal_name(path)
+        path = tar.normal_name(path)
         return read_document(self._files.open(path), name=path)
 
     def _layer(self, path: str, diff_id: str) -> Descriptor:
@@ -249,7 +231,7 @@ class ArchiveSource:
         else:
             digest, size_bytes = diff_id, self._files.member(path).size_bytes
         self._paths[digest] = path
-        media_type = layer_type(DOCKER, compressed=compressed)
+        media_type = mutate.layer_type(mutate.DOCKER, compressed=compressed)
         return Descriptor(media_type=media_type, digest=digest, size_bytes=size_bytes)
 
     def _indexed(self, image: Image, os_name: str, architecture: str) -> Image | None:
@@ -260,8 +242,8 @@ class ArchiveSource:
             source = LayoutSource(self._files, image.names[0] if image.names else None)
             found = source.load(os_name, architecture)
             same = found.config_bytes == image.config_bytes and (
-                [layer.digest for layer in layers_of(found.manifest)]
-                == [layer.digest for layer in layers_of(image.manifest)]
+                [layer.digest for layer in mutate.layers_of(found.manifest)]
+                == [layer.digest for layer in mutate.layers_of(image.manifest)]
             )
         except (ImageUnsuitable, StorageError, UsageError):
             return None
@@ -335,10 +317,10 @@ class ArchiveSink:
 
     def _append(self, path: str, size_bytes: int, content: Iterable[bytes]) -> None:
         with storage_errors(self._path):
-            self._write(build_header(path, size_bytes=size_bytes))
+            self._write(tar.build_header(path, size_bytes=size_bytes))
             for piece in content:
                 self._write(piece)
-            self._write(padding(size_bytes))
+            self._write(tar.padding(size_bytes))
 
     def commit(self, image: Image) -> str:
         """Write the documents and give the file its name, unless this image has it already."""
@@ -350,14 +332,14 @@ class ArchiveSink:
         self.place(manifest)
         names = (self._name,) if self._name else image.names
         entries = [index_entry(image, self._annotations(name)) for name in names or ("",)]
-        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+        index = {"schemaVersion": 2, "mediaType": mutate.OCI_INDEX, "manifests": entries}
         documents = {LAYOUT_MARKER: LAYOUT_VERSION, INDEX: gojson.dumps(index)}
         if self._docker:
             documents[MANIFEST] = gojson.dumps([_entry(image, names)])
         for path, body in documents.items():
             self._append(path, len(body), [body])
         with storage_errors(self._path):
-            self._write(END)
+            self._write(tar.END)
             self._finish()
             os.replace(self._partial, self._path)
         return f"{self._path}@{digest}"
@@ -374,12 +356,12 @@ def _nothing() -> None:
 
 
 def _entry(image: Image, names: Sequence[str]) -> dict[str, Any]:
-    if any(layer.media_type.endswith("zstd") for layer in layers_of(image.manifest)):
+    if any(layer.media_type.endswith("zstd") for layer in mutate.layers_of(image.manifest)):
         raise ImageUnsuitable("An archive of docker save has no layers in zstd: use oci-archive:")
     return {
-        "Config": blob_path(config_of(image.manifest).digest),
+        "Config": blob_path(mutate.config_of(image.manifest).digest),
         "RepoTags": [parse_reference(name).familiar for name in names] or None,
-        "Layers": [blob_path(layer.digest) for layer in layers_of(image.manifest)],
+        "Layers": [blob_path(layer.digest) for layer in mutate.layers_of(image.manifest)],
     }
 
 

@@ -52,14 +52,14 @@ def layer_type(family: str, *, compressed: bool) -> str:
     return DOCKER_LAYER + ".gzip" * compressed
 
 
-def is_foreign(media_type: str) -> bool:
+def is_foreign(layer: Descriptor) -> bool:
     """Say whether a layer is to be had elsewhere, and is neither read nor written."""
-    return media_type.startswith(_FOREIGN)
+    return layer.media_type.startswith(_FOREIGN)
 
 
-def is_plain(media_type: str) -> bool:
+def is_plain(layer: Descriptor) -> bool:
     """Say whether a layer is an uncompressed tar that travels with the image."""
-    return media_type in (OCI_LAYER, DOCKER_LAYER)
+    return layer.media_type in (OCI_LAYER, DOCKER_LAYER)
 
 
 def parse_descriptor(value: object, *, name: str) -> Descriptor:

@@ -5,52 +5,30 @@ Blobs first, then the manifest that needs them; what is there already is not wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shim.contract.errors import UsageError
-from shim.oci import gojson
-from shim.oci.config import (
-    BASE_LABEL,
-    PatchOptions,
-    State,
-    cautions,
-    check_config,
-    check_platform,
-    detect,
-    diff_ids_of,
-    inner_config,
-    labels_of,
-    patch_config,
-    restore,
-    top_is_labelled,
-    write_config,
-)
+from shim.oci import config as configs
+from shim.oci import gojson, mutate
+from shim.oci.config import PatchOptions, State
 from shim.oci.errors import ImageUnsuitable
-from shim.oci.layer import build_layer, is_shim_layer, read_machine
+from shim.oci.layer import Layer, build_layer, is_shim_layer, read_machine
 from shim.oci.model import Blob, Descriptor, Image, Sink, Source
-from shim.oci.mutate import (
-    DOCKER_MANIFEST,
-    OCI,
-    OCI_MANIFEST,
-    build_manifest,
-    config_of,
-    is_foreign,
-    is_plain,
-    layer_type,
-    layers_of,
-)
 from shim.oci.streams import decompressed, describe, document_blob, gzip_blob, pieces
+
+Report = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
     """What DEST takes: family: oci or docker; plain: whether layers may stay uncompressed.
 
-    complete: whether layers that are to be had elsewhere (foreign) must be in it.
+    complete: whether layers that are to be had elsewhere (foreign) would have to be in it.
+    workers: how many blobs travel side by side; dry_run: nothing is written.
     """
 
     family: str
@@ -63,30 +41,26 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What was done; reference is None after a dry run. sizes: bytes by what place() returned."""
+    """What was read, what it was before any patch, and what was written.
+
+    reference: None after a dry run. sizes: bytes by what place() returned.
+    is_identical: whether base is, byte for byte, the configuration that was patched first; None
+    where that is not recorded.
+    """
 
     reference: str | None
-    source_digest: str
-    source_image_id: str
-    digest: str
-    image_id: str
-    layer_digest: str | None
-    diff_id: str | None
-    user: str
-    entrypoint: Sequence[str] | None
-    cmd: Sequence[str] | None
-    is_identical: bool | None
+    source: Image
+    base: dict[str, Any]
+    image: Image
+    layer: Layer | None
     sizes: dict[str, int]
-    cautions: tuple[str, ...]
-    config: dict[str, Any]
-    manifest: dict[str, Any]
+    is_identical: bool | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Base:
     """An image as it was before it was patched; layers: without ours."""
 
-    image: Image
     config: dict[str, Any]
     image_id: str
     layers: list[Descriptor]
@@ -102,36 +76,25 @@ def patch(
     mode: int,
     options: PatchOptions,
     version: str,
-    report: Callable[[str, int], None] = lambda done, size_bytes: None,
+    report: Report = lambda done, size_bytes: None,
 ) -> Outcome:
-    """Put the binary into an image in place of any earlier one, and write that.
+    """Put the binary into an image, in place of any earlier one.
 
     report(done, size_bytes): is called after each blob, with what place() returned.
     Raises ImageUnsuitable, UsageError where DEST is another image, and what source and sink raise.
     """
     image = _load(source, platform)
-    check_platform(image.config, machine=read_machine(binary))
+    configs.check_platform(image.config, machine=read_machine(binary))
     base = _restore(source, image)
     blobs = _unify(source, base.layers, target)
     # A layer that goes beside uncompressed ones stays so as well: crane looks at the first alone.
-    gzip = not (target.plain and all(is_plain(blob.descriptor.media_type) for blob in blobs))
-    layer = build_layer(
-        binary, mode=mode, media_type=layer_type(target.family, compressed=gzip), gzip=gzip
-    )
-    config = patch_config(
+    gzip = not (target.plain and all(mutate.is_plain(blob.descriptor) for blob in blobs))
+    media_type = mutate.layer_type(target.family, compressed=gzip)
+    layer = build_layer(binary, mode=mode, media_type=media_type, gzip=gzip)
+    config = configs.patch_config(
         base.config, options, diff_id=layer.diff_id, base_id=base.image_id, version=version
     )
-    outcome = _write(image, config, [*blobs, layer.blob], sink, target, report)
-    inner = inner_config(base.config)
-    return replace(
-        outcome,
-        layer_digest=layer.blob.descriptor.digest,
-        diff_id=layer.diff_id,
-        user=inner.get("User") or "",
-        entrypoint=inner.get("Entrypoint"),
-        cmd=inner.get("Cmd"),
-        cautions=tuple(cautions(base.config)),
-    )
+    return _write(image, base, config, [*blobs, layer.blob], layer, sink, target, report)
 
 
 def unpatch(
@@ -140,19 +103,15 @@ def unpatch(
     *,
     platform: tuple[str, str],
     target: Target,
-    report: Callable[[str, int], None] = lambda done, size_bytes: None,
+    report: Report = lambda done, size_bytes: None,
 ) -> Outcome:
-    """Write an image as it was before it was patched; is_identical: whether each byte is known."""
+    """Write an image as it was before it was patched. Raises what patch() raises."""
     image = _load(source, platform)
-    if detect(image.config) not in (State.OURS, State.UPSTREAM):
+    if configs.detect(image.config) not in (State.OURS, State.UPSTREAM):
         raise ImageUnsuitable("The image is not patched: there is nothing to undo")
     base = _restore(source, image)
-    outcome = _write(
-        image, base.config, _unify(source, base.layers, target), sink, target, report
-    )  # fmt: skip
-    return replace(
-        outcome, is_identical=outcome.image_id == labels_of(image.config).get(BASE_LABEL)
-    )
+    blobs = _unify(source, base.layers, target)
+    return _write(image, base, base.config, blobs, None, sink, target, report)
 
 
 def verify(
@@ -162,137 +121,119 @@ def verify(
 
     docker_only: whether the platform takes Docker's manifests alone, as SageMaker does.
     """
-    image = _load(source, platform)
-    found = []
-    if docker_only and image.media_type != DOCKER_MANIFEST:
+    image, found = _load(source, platform), []
+    if docker_only and image.media_type != mutate.DOCKER_MANIFEST:
         found.append(f"The manifest is {image.media_type}, which SageMaker refuses")
-    state = detect(image.config)
+    state = configs.detect(image.config)
     if state not in (State.OURS, State.UPSTREAM):
         return [*found, f"The image is not patched: its state is {state.value}"]
     try:
-        check_platform(image.config, machine=read_machine(binary))
-        restore(image.config, drop_layer=False)
+        configs.check_platform(image.config, machine=read_machine(binary))
+        configs.restore(image.config, drop_layer=False)
     except ImageUnsuitable as error:
         found.append(str(error))
-    if inner_config(image.config).get("Cmd"):
+    if configs.inner_config(image.config).get("Cmd"):
         found.append("The image has a CMD, which the shim would take for its own arguments")
-    layer = build_layer(binary, mode=mode, media_type="", gzip=False)
-    if diff_ids_of(image.config)[-1:] != [layer.diff_id]:
-        found.append(f"The top layer is not that of this binary: expected {layer.diff_id}")
-    elif _top_diff_id(source, layers_of(image.manifest)[-1]) != layer.diff_id:
+    expected = build_layer(binary, mode=mode, media_type="", gzip=False).diff_id
+    if configs.diff_ids_of(image.config)[-1:] != [expected]:
+        found.append(f"The top layer is not that of this binary: expected {expected}")
+    elif describe(_tar(source, mutate.layers_of(image.manifest)[-1]), "").digest != expected:
         found.append("The top layer is not what the configuration says")
     return found
 
 
 def _load(source: Source, platform: tuple[str, str]) -> Image:
     image = source.load(*platform)
-    check_config(image.config, layers=len(layers_of(image.manifest)))
+    configs.check_config(image.config, layers=len(mutate.layers_of(image.manifest)))
     return image
-
-
-def _image_id(body: bytes) -> str:
-    return describe([body], "").digest
 
 
 def _restore(source: Source, image: Image) -> _Base:
     """Undo an earlier patch in memory, or take the image as it is."""
-    state, layers = detect(image.config), layers_of(image.manifest)
-    drop = False
-    if state is State.OURS:
-        drop = top_is_labelled(image.config)
-    elif state is State.UPSTREAM and layers:
+    state, layers = configs.detect(image.config), mutate.layers_of(image.manifest)
+    drop = state is State.OURS and configs.top_is_labelled(image.config)
+    if state is State.UPSTREAM and layers:
         drop = is_shim_layer(_tar(source, layers[-1]))
-    config = restore(image.config, drop_layer=drop)
-    body = write_config(config, like=image.config_bytes)
-    if state is State.PLAIN:
-        body = image.config_bytes
-    return _Base(
-        image=image, config=config, image_id=_image_id(body), layers=layers[: len(layers) - drop]
-    )
+    config = configs.restore(image.config, drop_layer=drop)
+    body = image.config_bytes
+    if state is not State.PLAIN:
+        body = configs.write_config(config, like=body)
+    image_id = describe([body], "").digest
+    return _Base(config=config, image_id=image_id, layers=layers[: len(layers) - drop])
 
 
-def _tar(source: Source, layer: Descriptor) -> Any:
+def _tar(source: Source, layer: Descriptor) -> Iterator[bytes]:
     content = pieces(source.blob(layer).open(0))
-    return content if is_plain(layer.media_type) else decompressed(content)
-
-
-def _top_diff_id(source: Source, layer: Descriptor) -> str:
-    return describe(_tar(source, layer), "").digest
+    return content if mutate.is_plain(layer) else decompressed(content)
 
 
 def _unify(source: Source, layers: Sequence[Descriptor], target: Target) -> list[Blob]:
     """Return the blobs of the layers, all plain where DEST takes that, else all compressed."""
-    if target.complete and any(is_foreign(layer.media_type) for layer in layers):
+    if target.complete and any(map(mutate.is_foreign, layers)):
         raise ImageUnsuitable("The image has layers that are to be had elsewhere (foreign)")
     blobs = [source.blob(layer) for layer in layers]
-    keep = target.plain and all(is_plain(layer.media_type) for layer in layers)
-    made: dict[str, Blob] = {}
+    if target.plain and all(map(mutate.is_plain, layers)):
+        return blobs
+    media_type = mutate.layer_type(target.family, compressed=True)
     # One pass over the source in its own order: a compressed archive cannot be read in another.
-    for blob in sorted(blobs, key=lambda blob: blob.position):
-        if is_plain(blob.descriptor.media_type) and not keep:
-            if (digest := blob.descriptor.digest) not in made:
-                made[digest] = gzip_blob(blob, layer_type(target.family, compressed=True))
+    plain = {b.descriptor.digest: b for b in blobs if mutate.is_plain(b.descriptor)}
+    ordered = sorted(plain.values(), key=lambda blob: blob.position)
+    made = {blob.descriptor.digest: gzip_blob(blob, media_type) for blob in ordered}
     return [made.get(blob.descriptor.digest, blob) for blob in blobs]
 
 
 def _write(
-    image: Image,
+    source: Image,
+    base: _Base,
     config: dict[str, Any],
     blobs: Sequence[Blob],
+    layer: Layer | None,
     sink: Sink,
     target: Target,
-    report: Callable[[str, int], None],
+    report: Report,
 ) -> Outcome:
     """Write the image of these layers, unless it is there."""
-    config_body = write_config(config, like=image.config_bytes)
-    config_blob = document_blob(config_body, config_of(image.manifest).media_type)
-    manifest = build_manifest(
-        image.manifest,
+    config_body = configs.write_config(config, like=source.config_bytes)
+    config_blob = document_blob(config_body, mutate.config_of(source.manifest).media_type)
+    manifest = mutate.build_manifest(
+        source.manifest,
         family=target.family,
         config=config_blob.descriptor,
         layers=[blob.descriptor for blob in blobs],
     )
-    new = Image(
+    image = Image(
         manifest_bytes=gojson.dumps(manifest),
         config_bytes=config_body,
         manifest=manifest,
         config=config,
-        media_type=OCI_MANIFEST if target.family == OCI else DOCKER_MANIFEST,
-        names=image.names,
+        media_type=manifest["mediaType"],
+        names=source.names,
     )
-    digest = _image_id(new.manifest_bytes)
     reference, sizes = None, dict[str, int]()
     if not target.dry_run:
         with sink:
-            there = sink.current_digest()
+            digest, there = describe([image.manifest_bytes], "").digest, sink.current_digest()
             if there not in (None, digest) and not target.force:
                 raise UsageError("DEST is another image: --force replaces it")
             if there != digest:
-                local = [blob for blob in blobs if not is_foreign(blob.descriptor.media_type)]
+                local = [blob for blob in blobs if not mutate.is_foreign(blob.descriptor)]
                 sizes = _place([*local, config_blob], sink, target.workers, report)
-            reference = sink.commit(new)
+            reference = sink.commit(image)
+    recorded = configs.labels_of(source.config).get(configs.BASE_LABEL)
     return Outcome(
         reference=reference,
-        source_digest=_image_id(image.manifest_bytes),
-        source_image_id=_image_id(image.config_bytes),
-        digest=digest,
-        image_id=config_blob.descriptor.digest,
-        layer_digest=None,
-        diff_id=None,
-        user="",
-        entrypoint=None,
-        cmd=None,
-        is_identical=None,
+        source=source,
+        base=base.config,
+        image=image,
+        layer=layer,
         sizes=sizes,
-        cautions=(),
-        config=config,
-        manifest=manifest,
+        is_identical=None if recorded is None else recorded == base.image_id,
     )
 
 
 def _place(
-    blobs: Sequence[Blob], sink: Sink, workers: int, report: Callable[[str, int], None]
-) -> dict[str, int]:
+    blobs: Sequence[Blob], sink: Sink, workers: int, report: Report
+) -> dict[str, int]:  # fmt: skip
     """Place each blob once, several side by side, in the order of the source."""
     once = {blob.descriptor.digest: blob for blob in blobs}
     ordered = sorted(once.values(), key=lambda blob: blob.position)

@@ -243,9 +243,12 @@ def test_more_layers_than_docker_mounts_are_refused() -> None:
 
 
 def test_kinds_of_layers() -> None:
-    assert is_foreign(OCI_FOREIGN) and is_foreign(DOCKER_FOREIGN)
-    assert is_plain(OCI_LAYER) and is_plain(DOCKER_LAYER)
-    assert not is_plain(OCI_FOREIGN) and not is_plain(f"{OCI_LAYER}+gzip")
+    def layer(media_type: str) -> Descriptor:
+        return parse_descriptor(entry(media_type), name="x")
+
+    assert is_foreign(layer(OCI_FOREIGN)) and is_foreign(layer(DOCKER_FOREIGN))
+    assert is_plain(layer(OCI_LAYER)) and is_plain(layer(DOCKER_LAYER))
+    assert not is_plain(layer(OCI_FOREIGN)) and not is_plain(layer(f"{OCI_LAYER}+gzip"))
 
 
 def test_a_descriptor_keeps_what_we_do_not_know() -> None:

@@ -72,6 +72,14 @@ def verified(source: object, binary: Path, *, docker_only: bool = False) -> list
         )  # fmt: skip
 
 
+def digest(outcome: Outcome) -> str:
+    return f"sha256:{sha256(outcome.image.manifest_bytes)}"
+
+
+def image_id(outcome: Outcome) -> str:
+    return f"sha256:{sha256(outcome.image.config_bytes)}"
+
+
 def run(*command: object) -> str:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert 0 == done.returncode, done.stderr
@@ -114,18 +122,21 @@ def test_patches_every_shape_of_docker_save(
     made = made_for(shape)
     source = write_tar(tmp_path / f"in{suffix}", SHAPES[shape](made))
     outcome = patched(source, tmp_path / f"out{suffix}", binary)
+    assert outcome.layer
     if suffix == ".tar.gz":  # skopeo 1.9.3 reads no docker-archive in gzip
         run("gunzip", tmp_path / "out.tar.gz")
     dest = tmp_path / "out.tar"
     for transport in ("docker-archive", "oci-archive"):
         config = skopeo_config(f"{transport}:{dest}")
         assert ["/sagemaker-shim"] == config["config"]["Entrypoint"]
-        assert [*config["rootfs"]["diff_ids"][:-1], outcome.diff_id] == config["rootfs"]["diff_ids"]
+        assert [*config["rootfs"]["diff_ids"][:-1], outcome.layer.diff_id] == config["rootfs"][
+            "diff_ids"
+        ]
         copy = tmp_path / transport
         # skopeo compares each layer with its digest.
         run("skopeo", "--insecure-policy", "copy", f"{transport}:{dest}", f"dir:{copy}")
         manifest = json.loads((copy / "manifest.json").read_text())
-        assert outcome.image_id == manifest["config"]["digest"]
+        assert image_id(outcome) == manifest["config"]["digest"]
     assert [] == verified(dest, binary)
     assert agreeing(dest) == ("gzip" if shape in ZIPPED | {"crane"} else "plain")
     names = json.loads(run("tar", "-xOf", dest, "manifest.json"))[0]["RepoTags"]
@@ -156,7 +167,7 @@ def test_undoing_gives_back_the_configuration(shape: str, tmp_path: Path, binary
     patched(source, tmp_path / "patched.tar", binary)
     outcome = unpatched(tmp_path / "patched.tar", tmp_path / "out.tar")
     assert outcome.is_identical
-    assert f"sha256:{sha256(made.config)}" == outcome.image_id
+    assert f"sha256:{sha256(made.config)}" == image_id(outcome)
     config = f"blobs/sha256/{sha256(made.config)}"
     assert made.config.decode() == run("tar", "-xOf", tmp_path / "out.tar", config)
 
@@ -165,13 +176,13 @@ def test_patching_twice_and_a_newer_release(tmp_path: Path, binary: Path) -> Non
     source = write_tar(tmp_path / "in.tar", images.hybrid(Made(annotations={"a": "b"})))
     once = patched(source, tmp_path / "once.tar", binary)
     twice = patched(tmp_path / "once.tar", tmp_path / "twice.tar", binary)
-    assert once.digest == twice.digest
-    assert {"a": "b"} == twice.manifest["annotations"]
+    assert digest(once) == digest(twice)
+    assert {"a": "b"} == twice.image.manifest["annotations"]
     assert (tmp_path / "once.tar").read_bytes() == (tmp_path / "twice.tar").read_bytes()
     newer = tmp_path / "newer"
     newer.write_bytes(binary.read_bytes() + b"!")
     upgraded = patched(tmp_path / "once.tar", tmp_path / "newer.tar", newer, version="2.0")
-    assert 3 == len(upgraded.manifest["layers"])
+    assert 3 == len(upgraded.image.manifest["layers"])
     assert [] == verified(tmp_path / "newer.tar", newer)
     assert "not that of this binary" in verified(tmp_path / "newer.tar", binary)[0]
 
@@ -231,7 +242,7 @@ def test_a_destination_that_is_another_image_needs_force(
         patched(second, dest, binary)
     assert before == content(tmp_path)
     replaced = patched(second, dest, binary, force=True)
-    assert outcome.digest != replaced.digest
+    assert digest(outcome) != digest(replaced)
     assert [] == verified(dest, binary)
 
 
@@ -265,7 +276,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, binary: Path) -> None:
     assert before == content(tmp_path)
     assert outcome.reference is None
     written = patched(source, tmp_path / "out.tar", binary)
-    assert (written.digest, written.config) == (outcome.digest, outcome.config)
+    assert (digest(written), written.image.config) == (digest(outcome), outcome.image.config)
 
 
 def test_an_archive_of_several_images_wants_a_name(tmp_path: Path, binary: Path) -> None:
@@ -384,7 +395,7 @@ def test_what_is_not_patched_cannot_be_undone_or_verified(tmp_path: Path, binary
 def test_plain_layers_are_compressed_where_they_must_be(tmp_path: Path, binary: Path) -> None:
     source = write_tar(tmp_path / "in.tar.gz", images.old_docker(Made()))
     outcome = patched(source, f"oci:{tmp_path}/layout:x", binary, family="docker")
-    types = {layer["mediaType"] for layer in outcome.manifest["layers"]}
+    types = {layer["mediaType"] for layer in outcome.image.manifest["layers"]}
     assert {"application/vnd.docker.image.rootfs.diff.tar.gzip"} == types
 
 
@@ -401,5 +412,5 @@ def test_the_layer_of_the_existing_tool_is_replaced(tmp_path: Path, binary: Path
         made = Made(layers=[images.layer("a"), theirs], inner=inner, zipped=zipped)
         source = write_layout(tmp_path / f"{zipped}", made)
         outcome = patched(source, tmp_path / f"{zipped}.tar", binary)
-        assert 2 == len(outcome.manifest["layers"])
-        assert ("1000", ["sh"]) == (outcome.user, outcome.cmd)
+        assert 2 == len(outcome.image.manifest["layers"])
+        assert {"Env": ["PATH=/bin"], "User": "1000", "Cmd": ["sh"]} == outcome.base["config"]
