@@ -36,6 +36,7 @@ from shim.oci.layout import (
     LayoutSink,
     LayoutSource,
     blob_path,
+    entries_of,
     index_entry,
     write_all,
 )
@@ -91,7 +92,7 @@ class TarFiles:
             if member.size_bytes <= min(_KEPT_BYTES, _MAX_KEPT_BYTES - kept_bytes):
                 kept_bytes += member.size_bytes
                 self._kept[member.name] = self._read_at(member.offset, member.size_bytes)
-            if self.magic(member.name).startswith(GZIP_MAGIC):
+            if member.name not in self._twice and self.magic(member.name).startswith(GZIP_MAGIC):
                 self.described(member.name)
 
     def __contains__(self, path: str) -> bool:
@@ -300,7 +301,7 @@ class ArchiveSink:
         try:
             with open_tar(self._path) as files:
                 index = gojson.loads(read_document(files.open(INDEX), name=INDEX), name=INDEX)
-                digests = {str(entry.get("digest")) for entry in index.get("manifests") or []}
+                digests = {str(entry.get("digest")) for entry in entries_of(index)}
         except (ImageUnsuitable, StorageError):
             return "something else"
         self._current = digests.pop() if len(digests) == 1 else "something else"

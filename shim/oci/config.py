@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -68,12 +68,12 @@ class PatchOptions:
 
 def check_config(config: Mapping[str, Any], *, layers: int) -> None:
     """Raise ImageUnsuitable for what runtimes could read in another way than we do."""
-    _check_names(config, _OUTER)
+    gojson.check_names(config, _OUTER, name="The configuration")
     inner, rootfs = config.get("config") or {}, config.get("rootfs")
     if not isinstance(inner, dict) or not isinstance(rootfs, dict):
         raise ImageUnsuitable("The configuration: expected objects for config and rootfs")
-    _check_names(inner, _INNER)
-    _check_names(rootfs, _ROOTFS)
+    gojson.check_names(inner, _INNER, name="The configuration")
+    gojson.check_names(rootfs, _ROOTFS, name="The configuration")
     for name in ("Env", "Entrypoint", "Cmd"):
         if inner.get(name) is not None and not _is_list_of(inner[name], str):
             raise ImageUnsuitable(f"The configuration's {name}: expected a list of texts")
@@ -91,15 +91,6 @@ def check_config(config: Mapping[str, Any], *, layers: int) -> None:
         raise ImageUnsuitable("The configuration's diff_ids: expected digests")
     if len(diff_ids) != layers:
         raise ImageUnsuitable(f"The image has {layers} layers, but {len(diff_ids)} diff_ids")
-
-
-def _check_names(members: Mapping[str, Any], known: Sequence[str]) -> None:
-    spellings = {name.casefold(): name for name in known}
-    for name in members:
-        if (meant := spellings.get(name.casefold(), name)) != name:
-            raise ImageUnsuitable(
-                f"The configuration has a member {name!r}: only {meant!r} is read the same by all"
-            )
 
 
 def _is_list_of(value: object, type_: type) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from shim.contract.errors import InvalidFields
@@ -50,6 +51,14 @@ def loads_any(body: bytes, *, name: str) -> Any:
     except ValueError as error:
         raise ImageUnsuitable(f"{name}: Invalid JSON: {error}") from error
     return value
+
+
+def check_names(members: Iterable[str], known: Iterable[str], *, name: str) -> None:
+    """Refuse other spellings of known members: Go takes them in any case, the last of several."""
+    spellings = {known_name.casefold(): known_name for known_name in known}
+    for member in members:
+        if (meant := spellings.get(member.casefold(), member)) != member:
+            raise ImageUnsuitable(f"{name} has a member {member!r}: not everybody reads {meant!r}")
 
 
 def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -70,6 +70,14 @@ def names_of(annotations: object) -> list[str]:
     return [str(members[key]) for key in (FULL_NAME, REF_NAME) if members.get(key)]
 
 
+def entries_of(index: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of index.json, which Docker has written as null."""
+    entries = index.get("manifests") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ImageUnsuitable(f"{INDEX}: expected a list of descriptors")
+    return entries
+
+
 def _full_names(entries: list[dict[str, Any]]) -> set[str]:
     """Return the names that are more than a tag."""
     names = {name for entry in entries for name in names_of(entry.get("annotations"))}
@@ -106,13 +114,11 @@ class LayoutSource:
         )
 
     def _choose(self, index: Mapping[str, Any]) -> list[dict[str, Any]]:
-        entries = index.get("manifests") or []
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ImageUnsuitable(f"{INDEX}: expected a list of descriptors")
+        entries = entries_of(index)
         if self._name:
             entries = [e for e in entries if self._name in names_of(e.get("annotations"))]
         names = {found[0] for e in entries if (found := names_of(e.get("annotations")))}
-        if len(names) > 1:
+        if len(names) > 1 and len({str(entry.get("digest")) for entry in entries}) > 1:
             listed = ", ".join(sorted(names)[:100])
             raise UsageError(f"{self._files.name} has several images, name one of: {listed}")
         if not entries:
@@ -155,7 +161,7 @@ class LayoutSink:
 
     def current_digest(self) -> str | None:
         """Return the digest under this name, None when nothing is."""
-        for entry in self._index().get("manifests") or []:
+        for entry in entries_of(self._index()):
             if self._name in names_of(entry.get("annotations")):
                 return str(entry.get("digest"))
         return None
@@ -181,7 +187,7 @@ class LayoutSink:
         index = self._index()
         kept = [
             entry
-            for entry in index.get("manifests") or []
+            for entry in entries_of(index)
             if self._name not in names_of(entry.get("annotations"))
         ]
         entry = index_entry(image, {REF_NAME: self._name})
@@ -200,7 +206,7 @@ class LayoutSink:
         with storage_errors(path):
             for directory in reversed((path.parent, *path.parent.parents)):
                 if not directory.exists():
-                    directory.mkdir()
+                    directory.mkdir(exist_ok=True)
                     self._undo.append(directory)
             is_new = not path.exists()
             try:

@@ -40,6 +40,9 @@ _TO_DOCKER = {oci: docker for docker, oci in _TO_OCI.items()}
 # CRI-O, containerd and podman cannot pull it under this name.
 _DOCKER_ZSTD = f"{DOCKER_LAYER}.zstd"
 
+_DESCRIPTOR = "mediaType digest size urls annotations data platform artifactType".split()
+_DOCUMENT = "schemaVersion mediaType config layers manifests annotations subject fsLayers".split()
+
 MAX_LAYERS = 125  # moby layer_store.go, maxLayerDepth
 _MAX_NESTING = 3
 _ATTESTATION = "vnd.docker.reference.type"
@@ -66,6 +69,7 @@ def parse_descriptor(value: object, *, name: str) -> Descriptor:
     """Read a descriptor; name: of what it describes. Raises ImageUnsuitable."""
     if not isinstance(value, dict):
         raise ImageUnsuitable(f"{name}: expected a descriptor")
+    gojson.check_names(value, _DESCRIPTOR, name=name)
     digest, size_bytes = value.get("digest"), value.get("size")
     if not is_digest(digest):
         raise ImageUnsuitable(f"{name}: expected a digest of sha256 or sha512 in its descriptor")
@@ -91,6 +95,7 @@ def descriptor_json(descriptor: Descriptor) -> dict[str, Any]:
 
 def document_type(document: Mapping[str, Any], hint: str) -> str:
     """Return the media type of a manifest or index: its own word, else the hint, else its shape."""
+    gojson.check_names(document, _DOCUMENT, name="The manifest")
     named = document.get("mediaType") or hint
     if "manifests" in document and "layers" in document:
         raise ImageUnsuitable("A document is an index and a manifest at once: expected one of both")
@@ -139,8 +144,8 @@ def select_child(index: Mapping[str, Any], *, os_name: str, architecture: str) -
     children = [parse_descriptor(entry, name="An entry of the index") for entry in entries]
     wanted, unnamed, seen = f"{os_name}/{architecture}", [], []
     for child in children:
-        platform = child.members.get("platform")
-        if _ATTESTATION in (child.members.get("annotations") or {}):
+        platform, annotations = (child.members.get(name) for name in ("platform", "annotations"))
+        if isinstance(annotations, dict) and _ATTESTATION in annotations:
             continue
         if child.media_type and child.media_type not in INDEXES + MANIFESTS:
             continue

@@ -11,7 +11,7 @@ from shim.oci.errors import StorageError
 BLOCK_BYTES = 512
 END = bytes(2 * BLOCK_BYTES)
 FILE, LINK, SYMLINK, DIRECTORY = b"0", b"1", b"2", b"5"
-_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+_EXTENSIONS = _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
 
 MAX_MEMBERS = 20_000
 MAX_NAME_BYTES = 1024
@@ -86,7 +86,9 @@ def _parse_header(header: bytes, offset: int, extended: dict[str, str]) -> Membe
         ):
             raise ValueError
         kind = header[156:157].replace(b"\0", FILE).replace(b"7", FILE)
-        size_bytes = int(extended.get("size") or _number(header[124:136]))
+        size_bytes = _number(header[124:136])
+        if kind not in _EXTENSIONS:
+            size_bytes = int(extended.get("size", size_bytes))
         name, link = (_text(header[:100]), _text(header[157:257]))
         if header[257:263] == b"ustar\0" and (prefix := _text(header[345:500])):
             name = f"{prefix}/{name}"
