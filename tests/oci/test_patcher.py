@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -414,3 +416,39 @@ def test_the_layer_of_the_existing_tool_is_replaced(tmp_path: Path, binary: Path
         outcome = patched(source, tmp_path / f"{zipped}.tar", binary)
         assert 2 == len(outcome.image.manifest["layers"])
         assert {"Env": ["PATH=/bin"], "User": "1000", "Cmd": ["sh"]} == outcome.base["config"]
+
+
+@needs("podman")
+@pytest.mark.parametrize("shape", ["Docker 20.10", "Docker 29", "crane"])
+def test_podman_loads_the_patched_image(shape: str, tmp_path: Path, binary: Path) -> None:
+    """It prefers index.json: what is patched in manifest.json alone would be lost."""
+    source = write_tar(tmp_path / "in.tar", SHAPES[shape](made_for(shape)))
+    outcome = patched(source, tmp_path / "out.tar.gz", binary)
+    with tempfile.TemporaryDirectory(prefix="pod") as directory:  # no longer than 50 characters
+        podman = ["podman", "--root", f"{directory}/a", "--runroot", f"{directory}/b"]
+        podman += ["--storage-driver", "vfs"]
+        run(*podman, "load", "-i", tmp_path / "out.tar.gz")
+        (loaded,) = json.loads(run(*podman, "inspect", "example.test/some/base:1.0"))
+    assert image_id(outcome) == f"sha256:{loaded['Id']}"
+    assert ["/sagemaker-shim"] == loaded["Config"]["Entrypoint"]
+
+
+# ru_maxrss would be that of the process that started it.
+MEASURE = """
+import sys
+from tests.oci.test_patcher import *
+patched(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+"""
+
+
+@pytest.mark.parametrize("dest", ["out.tar", "out.tar.gz", "oci:layout"])
+def test_no_layer_is_held_in_memory(dest: str, tmp_path: Path, binary: Path) -> None:
+    made = Made(layers=[images.layer("zeros", content=bytes(200 << 20))])
+    source = write_tar(tmp_path / "in.tar", images.old_docker(made))
+    del made
+    kind, colon, path = dest.rpartition(":")
+    kibibytes = run(
+        sys.executable, "-c", MEASURE, source, f"{kind}{colon}{tmp_path / path}", binary
+    )
+    assert int(kibibytes) < 60 << 10  # pytest included
