@@ -37,6 +37,7 @@ from shim.oci.layout import (
     LayoutSource,
     blob_path,
     entries_of,
+    file_blob,
     index_entry,
     write_all,
 )
@@ -54,7 +55,6 @@ from shim.oci.streams import (
     GZIP_MAGIC,
     PIECE_BYTES,
     PieceReader,
-    VerifiedReader,
     describe,
     document_blob,
     pieces,
@@ -128,7 +128,9 @@ class TarFiles:
             yield piece
 
     def position(self, path: str) -> int:
-        return self.member(path).offset
+        with suppress(StorageError):  # what is to be had elsewhere is not here
+            return self.member(path).offset
+        return 0
 
     def magic(self, path: str) -> bytes:
         """Return the first bytes of a file, which say how it is compressed."""
@@ -251,13 +253,7 @@ class ArchiveSource:
         return replace(found, names=image.names) if same else None
 
     def blob(self, descriptor: Descriptor) -> Blob:
-        path = self._paths[descriptor.digest]
-
-        def open_(offset: int) -> Readable:
-            stream = self._files.open(path, offset)
-            return stream if offset else VerifiedReader(stream, descriptor, name=self._files.name)
-
-        return Blob(descriptor=descriptor, open=open_, position=self._files.position(path))
+        return file_blob(self._files, self._paths[descriptor.digest], descriptor)
 
 
 def _full_names(entry: dict[str, Any]) -> Iterator[str]:
@@ -277,7 +273,7 @@ class ArchiveSink:
         self._placed: set[str] = set()
         self._current: str | None = None
         self._write: Callable[[bytes], object] = len
-        self._finish: Callable[[], None] = _nothing
+        self._finish: Callable[[], object] = int
         self._files = ExitStack()
 
     def __enter__(self) -> Self:
@@ -350,10 +346,6 @@ class ArchiveSink:
             return {REF_NAME: name} if name else {}
         reference = parse_reference(name)
         return {FULL_NAME: str(reference), REF_NAME: reference.identifier}
-
-
-def _nothing() -> None:
-    """A file that is not compressed needs no end."""
 
 
 def _entry(image: Image, names: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from shim.oci.config import SHIM_PATH
 from shim.oci.errors import ImageUnsuitable, StorageError
 from shim.oci.model import Blob
-from shim.oci.streams import PIECE_BYTES, compressed, describe, generated_blob
+from shim.oci.streams import PIECE_BYTES, PieceReader, compressed, describe, generated_blob
 from shim.oci.tar import DIRECTORY, END, build_header, padding, read_members
 
 BINARY_NAME = SHIM_PATH.lstrip("/")
@@ -82,18 +82,17 @@ def read_machine(binary: Path) -> int:
 
 def is_shim_layer(tar: Iterator[bytes]) -> bool:
     """Say whether a layer holds exactly the entries that a shim's layer has, in any order."""
-    pieces, position, buffered = tar, 0, bytearray()
+    stream, position = PieceReader(tar), 0
 
     def read_at(offset: int, size: int) -> bytes:
         nonlocal position
-        while position + len(buffered) < offset + size and (piece := next(pieces, b"")):
-            buffered.extend(piece)
-            if (gone := min(offset - position, len(buffered))) > 0:
-                del buffered[:gone]
-                position += gone
-        del buffered[: offset - position]
-        position = offset
-        return bytes(buffered[:size])
+        data = b""
+        while position < offset and (skipped := stream.read(min(offset - position, PIECE_BYTES))):
+            position += len(skipped)
+        while len(data) < size and (piece := stream.read(size - len(data))):
+            data += piece
+        position = offset + len(data)
+        return data
 
     names = set()
     try:

@@ -70,6 +70,16 @@ def names_of(annotations: object) -> list[str]:
     return [str(members[key]) for key in (FULL_NAME, REF_NAME) if members.get(key)]
 
 
+def file_blob(files: Files, path: str, descriptor: Descriptor) -> Blob:
+    """Return the blob that is in a file."""
+
+    def open_(offset: int) -> Readable:
+        stream = files.open(path, offset)
+        return stream if offset else VerifiedReader(stream, descriptor, name=files.name)
+
+    return Blob(descriptor=descriptor, open=open_, position=files.position(path))
+
+
 def entries_of(index: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the entries of index.json, which Docker has written as null."""
     entries = index.get("manifests") or []
@@ -131,13 +141,7 @@ class LayoutSource:
         return read_document(self.blob(descriptor).open(0), name=descriptor.digest)
 
     def blob(self, descriptor: Descriptor) -> Blob:
-        path = blob_path(descriptor.digest)
-
-        def open_(offset: int) -> Readable:
-            stream = self._files.open(path, offset)
-            return stream if offset else VerifiedReader(stream, descriptor, name=self._files.name)
-
-        return Blob(descriptor=descriptor, open=open_, position=self._files.position(path))
+        return file_blob(self._files, blob_path(descriptor.digest), descriptor)
 
 
 class LayoutSink:
