@@ -23,44 +23,10 @@ from threading import Lock
 from typing import Any, Self
 
 from shim.contract.errors import UsageError
-from shim.oci import gojson, mutate, tar
+from shim.oci import gojson, layout, mutate, reference, streams, tar
 from shim.oci.config import check_config, diff_ids_of
 from shim.oci.errors import ImageUnsuitable, StorageError
-from shim.oci.layout import (
-    FULL_NAME,
-    INDEX,
-    LAYOUT_MARKER,
-    LAYOUT_VERSION,
-    REF_NAME,
-    DirectoryFiles,
-    LayoutSink,
-    LayoutSource,
-    blob_path,
-    entries_of,
-    file_blob,
-    index_entry,
-    write_all,
-)
 from shim.oci.model import Blob, Descriptor, Image, Readable, Sink, Source
-from shim.oci.reference import (
-    ARCHIVE_SUFFIXES,
-    DOCKER_ARCHIVE,
-    LAYOUT,
-    LAYOUT_ARCHIVE,
-    PATH,
-    Location,
-    parse_reference,
-)
-from shim.oci.streams import (
-    GZIP_MAGIC,
-    PIECE_BYTES,
-    PieceReader,
-    describe,
-    document_blob,
-    pieces,
-    read_document,
-    storage_errors,
-)
 
 MANIFEST = "manifest.json"
 _MAX_LINKS = 10
@@ -92,7 +58,7 @@ class TarFiles:
             if member.size_bytes <= min(_KEPT_BYTES, _MAX_KEPT_BYTES - kept_bytes):
                 kept_bytes += member.size_bytes
                 self._kept[member.name] = self._read_at(member.offset, member.size_bytes)
-            if member.name not in self._twice and self.magic(member.name).startswith(GZIP_MAGIC):
+            if member.name not in self._twice and self.is_gzip(member.name):
                 self.described(member.name)
 
     def __contains__(self, path: str) -> bool:
@@ -116,12 +82,12 @@ class TarFiles:
     def open(self, path: str, offset: int = 0) -> Readable:
         member = self.member(path)
         if member.name in self._kept:
-            return PieceReader(iter([self._kept[member.name][offset:]]))
-        return PieceReader(self._pieces(member, offset))
+            return streams.PieceReader(iter([self._kept[member.name][offset:]]))
+        return streams.PieceReader(self._pieces(member, offset))
 
     def _pieces(self, member: tar.Member, offset: int) -> Iterator[bytes]:
         while rest := member.size_bytes - offset:
-            piece = self._read_at(member.offset + offset, min(rest, PIECE_BYTES))
+            piece = self._read_at(member.offset + offset, min(rest, streams.PIECE_BYTES))
             if not piece:
                 raise StorageError(f"{self.name}: ends in the middle of {member.name!r:.300}")
             offset += len(piece)
@@ -136,26 +102,29 @@ class TarFiles:
         """Return the first bytes of a file, which say how it is compressed."""
         return self.open(path).read(4)
 
+    def is_gzip(self, path: str) -> bool:
+        return self.magic(path).startswith(streams.GZIP_MAGIC)
+
     def described(self, path: str) -> Descriptor:
         """Return digest and size of a file's bytes as they are here."""
         name = self.member(path).name
         if name not in self._described:
-            self._described[name] = describe(pieces(self.open(name)), "")
+            self._described[name] = streams.describe(streams.pieces(self.open(name)), "")
         return self._described[name]
 
 
 @contextmanager
 def open_tar(path: Path) -> Iterator[TarFiles]:
     """Open an archive, in gzip or not, and find its members. Raises StorageError."""
-    with storage_errors(path):
+    with streams.storage_errors(path):
         file = path.open("rb")
     with file:
         descriptor, lock, name = file.fileno(), Lock(), str(path)
-        with storage_errors(path):
-            unpacked = GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP_MAGIC else None
+        with streams.storage_errors(path):
+            unpacked = GzipFile(fileobj=file) if file.peek(2)[:2] == streams.GZIP_MAGIC else None
 
         def read_at(offset: int, size: int) -> bytes:
-            with storage_errors(name):
+            with streams.storage_errors(name):
                 if unpacked is None:
                     return os.pread(descriptor, size, offset)
                 with lock:
@@ -190,7 +159,7 @@ class ArchiveSource:
         manifest = mutate.build_manifest(
             {},
             family=mutate.DOCKER,
-            config=describe([config_body], mutate.DOCKER_CONFIG),
+            config=streams.describe([config_body], mutate.DOCKER_CONFIG),
             layers=layers,
         )
         image = Image(
@@ -220,7 +189,7 @@ class ArchiveSource:
 
     def _document(self, path: str) -> bytes:
         path = tar.normal_name(path)
-        return read_document(self._files.open(path), name=path)
+        return streams.read_document(self._files.open(path), name=path)
 
     def _layer(self, path: str, diff_id: str) -> Descriptor:
         """Describe a layer by its content: an uncompressed one has the digest of its diff_id."""
@@ -228,7 +197,7 @@ class ArchiveSource:
         for mark, kind in _UNUSABLE.items():
             if magic.startswith(mark):
                 raise ImageUnsuitable(f"A layer is compressed with {kind}: expected gzip, or none")
-        if compressed := magic.startswith(GZIP_MAGIC):
+        if compressed := self._files.is_gzip(path):
             found = self._files.described(path)
             digest, size_bytes = found.digest, found.size_bytes
         else:
@@ -239,10 +208,10 @@ class ArchiveSource:
 
     def _indexed(self, image: Image, os_name: str, architecture: str) -> Image | None:
         """Return the image as index.json has it, with annotations, if that is the same image."""
-        if INDEX not in self._files:
+        if layout.INDEX not in self._files:
             return None
         try:
-            source = LayoutSource(self._files, image.names[0] if image.names else None)
+            source = layout.LayoutSource(self._files, image.names[0] if image.names else None)
             found = source.load(os_name, architecture)
             same = found.config_bytes == image.config_bytes and (
                 [layer.digest for layer in mutate.layers_of(found.manifest)]
@@ -253,14 +222,14 @@ class ArchiveSource:
         return replace(found, names=image.names) if same else None
 
     def blob(self, descriptor: Descriptor) -> Blob:
-        return file_blob(self._files, self._paths[descriptor.digest], descriptor)
+        return layout.file_blob(self._files, self._paths[descriptor.digest], descriptor)
 
 
 def _full_names(entry: dict[str, Any]) -> Iterator[str]:
     tags = entry.get("RepoTags") or []
     for tag in tags if isinstance(tags, list) else []:
         with suppress(UsageError):
-            yield str(parse_reference(str(tag)))
+            yield str(reference.parse_reference(str(tag)))
 
 
 class ArchiveSink:
@@ -277,10 +246,10 @@ class ArchiveSink:
         self._files = ExitStack()
 
     def __enter__(self) -> Self:
-        with storage_errors(self._path):
+        with streams.storage_errors(self._path):
             self._files.callback(self._partial.unlink, missing_ok=True)
             file = self._files.enter_context(self._partial.open("xb", buffering=0))
-            self._write = partial(write_all, file.fileno())
+            self._write = partial(layout.write_all, file.fileno())
             if self._path.name.endswith((".gz", ".tgz")):
                 packed = GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0)
                 self._files.callback(packed.close)
@@ -296,8 +265,9 @@ class ArchiveSink:
             return None
         try:
             with open_tar(self._path) as files:
-                index = gojson.loads(read_document(files.open(INDEX), name=INDEX), name=INDEX)
-                digests = {str(entry.get("digest")) for entry in entries_of(index)}
+                body = streams.read_document(files.open(layout.INDEX), name=layout.INDEX)
+                index = gojson.loads(body, name=layout.INDEX)
+                digests = {str(entry.get("digest")) for entry in layout.entries_of(index)}
         except (ImageUnsuitable, StorageError):
             return "something else"
         self._current = digests.pop() if len(digests) == 1 else "something else"
@@ -305,15 +275,15 @@ class ArchiveSink:
 
     def place(self, blob: Blob) -> str:
         """Append a blob unless it is there."""
-        path = blob_path(blob.descriptor.digest)
+        path = layout.blob_path(blob.descriptor.digest)
         if path in self._placed:
             return "exists"
-        self._append(path, blob.descriptor.size_bytes, pieces(blob.open(0)))
+        self._append(path, blob.descriptor.size_bytes, streams.pieces(blob.open(0)))
         self._placed.add(path)
         return "written"
 
     def _append(self, path: str, size_bytes: int, content: Iterable[bytes]) -> None:
-        with storage_errors(self._path):
+        with streams.storage_errors(self._path):
             self._write(tar.build_header(path, size_bytes=size_bytes))
             for piece in content:
                 self._write(piece)
@@ -321,21 +291,21 @@ class ArchiveSink:
 
     def commit(self, image: Image) -> str:
         """Write the documents and give the file its name, unless this image has it already."""
-        config = document_blob(image.config_bytes, "")
-        manifest = document_blob(image.manifest_bytes, image.media_type)
+        config = streams.document_blob(image.config_bytes, "")
+        manifest = streams.document_blob(image.manifest_bytes, image.media_type)
         if (digest := manifest.descriptor.digest) == self._current:
             return f"{self._path}@{digest}"
         self.place(config)
         self.place(manifest)
         names = (self._name,) if self._name else image.names
-        entries = [index_entry(image, self._annotations(name)) for name in names or ("",)]
+        entries = [layout.index_entry(image, self._annotations(name)) for name in names or ("",)]
         index = {"schemaVersion": 2, "mediaType": mutate.OCI_INDEX, "manifests": entries}
-        documents = {LAYOUT_MARKER: LAYOUT_VERSION, INDEX: gojson.dumps(index)}
+        documents = {layout.LAYOUT_MARKER: layout.LAYOUT_VERSION, layout.INDEX: gojson.dumps(index)}
         if self._docker:
             documents[MANIFEST] = gojson.dumps([_entry(image, names)])
         for path, body in documents.items():
             self._append(path, len(body), [body])
-        with storage_errors(self._path):
+        with streams.storage_errors(self._path):
             self._write(tar.END)
             self._finish()
             os.replace(self._partial, self._path)
@@ -343,39 +313,40 @@ class ArchiveSink:
 
     def _annotations(self, name: str) -> dict[str, str]:
         if not name or not self._docker and name == self._name:
-            return {REF_NAME: name} if name else {}
-        reference = parse_reference(name)
-        return {FULL_NAME: str(reference), REF_NAME: reference.identifier}
+            return {layout.REF_NAME: name} if name else {}
+        full = reference.parse_reference(name)
+        return {layout.FULL_NAME: str(full), layout.REF_NAME: full.identifier}
 
 
 def _entry(image: Image, names: Sequence[str]) -> dict[str, Any]:
     if any(layer.media_type.endswith("zstd") for layer in mutate.layers_of(image.manifest)):
         raise ImageUnsuitable("An archive of docker save has no layers in zstd: use oci-archive:")
     return {
-        "Config": blob_path(mutate.config_of(image.manifest).digest),
-        "RepoTags": [parse_reference(name).familiar for name in names] or None,
-        "Layers": [blob_path(layer.digest) for layer in mutate.layers_of(image.manifest)],
+        "Config": layout.blob_path(mutate.config_of(image.manifest).digest),
+        "RepoTags": [reference.parse_reference(name).familiar for name in names] or None,
+        "Layers": [layout.blob_path(layer.digest) for layer in mutate.layers_of(image.manifest)],
     }
 
 
 @contextmanager
-def open_source(location: Location) -> Iterator[Source]:
+def open_source(location: reference.Location) -> Iterator[Source]:
     """Open a directory or archive, known by its content where the kind is not named."""
     path = Path(location.path)
     if path.is_dir():
-        yield LayoutSource(DirectoryFiles(path), location.name)
+        yield layout.LayoutSource(layout.DirectoryFiles(path), location.name)
         return
     with open_tar(path) as files:
-        if location.kind == DOCKER_ARCHIVE or location.kind == PATH and MANIFEST in files:
+        is_sniffed = location.kind == reference.PATH and MANIFEST in files
+        if location.kind == reference.DOCKER_ARCHIVE or is_sniffed:
             yield ArchiveSource(files, location.name)
         else:
-            yield LayoutSource(files, location.name)
+            yield layout.LayoutSource(files, location.name)
 
 
-def open_sink(location: Location) -> Sink:
+def open_sink(location: reference.Location) -> Sink:
     """Return where an image is to be written; a path is an archive if its name is that of one."""
     path = Path(os.path.realpath(location.path))
-    is_archive = path.name.endswith(ARCHIVE_SUFFIXES) and not path.is_dir()
-    if location.kind == LAYOUT or location.kind == PATH and not is_archive:
-        return LayoutSink(path, location.name)
-    return ArchiveSink(path, location.name, docker=location.kind != LAYOUT_ARCHIVE)
+    is_archive = path.name.endswith(reference.ARCHIVE_SUFFIXES) and not path.is_dir()
+    if location.kind == reference.LAYOUT or location.kind == reference.PATH and not is_archive:
+        return layout.LayoutSink(path, location.name)
+    return ArchiveSink(path, location.name, docker=location.kind != reference.LAYOUT_ARCHIVE)

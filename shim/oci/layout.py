@@ -10,20 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from shim.contract.errors import UsageError
-from shim.oci import gojson
+from shim.oci import gojson, streams
 from shim.oci.errors import ImageUnsuitable, StorageError
 from shim.oci.model import Blob, Descriptor, Image, Readable
 from shim.oci.mutate import config_of, resolve_manifest
 from shim.oci.reference import parse_reference
-from shim.oci.streams import (
-    PieceReader,
-    VerifiedReader,
-    describe,
-    document_blob,
-    pieces,
-    read_document,
-    storage_errors,
-)
 
 LAYOUT_MARKER, INDEX = "oci-layout", "index.json"
 LAYOUT_VERSION = b'{"imageLayoutVersion":"1.0.0"}'
@@ -50,7 +41,7 @@ class DirectoryFiles:
         self._root, self.name = root, str(root)
 
     def open(self, path: str, offset: int = 0) -> Readable:
-        with storage_errors(self._root / path):
+        with streams.storage_errors(self._root / path):
             file = (self._root / path).open("rb", buffering=0)
             file.seek(offset)
         return file
@@ -75,7 +66,7 @@ def file_blob(files: Files, path: str, descriptor: Descriptor) -> Blob:
 
     def open_(offset: int) -> Readable:
         stream = files.open(path, offset)
-        return stream if offset else VerifiedReader(stream, descriptor, name=files.name)
+        return stream if offset else streams.VerifiedReader(stream, descriptor, name=files.name)
 
     return Blob(descriptor=descriptor, open=open_, position=files.position(path))
 
@@ -106,7 +97,7 @@ class LayoutSource:
 
     def load(self, os_name: str, architecture: str) -> Image:
         """Return the image of a platform. UsageError when several are there and none is named."""
-        body = read_document(self._files.open(INDEX), name=INDEX)
+        body = streams.read_document(self._files.open(INDEX), name=INDEX)
         index = gojson.loads(body, name=INDEX)
         chosen = self._choose(index)
         narrowed = gojson.dumps({**index, "manifests": chosen})
@@ -138,7 +129,7 @@ class LayoutSource:
 
     def read(self, descriptor: Descriptor) -> bytes:
         """Return a document, verified."""
-        return read_document(self.blob(descriptor).open(0), name=descriptor.digest)
+        return streams.read_document(self.blob(descriptor).open(0), name=descriptor.digest)
 
     def blob(self, descriptor: Descriptor) -> Blob:
         return file_blob(self._files, blob_path(descriptor.digest), descriptor)
@@ -153,7 +144,7 @@ class LayoutSink:
 
     def __enter__(self) -> Self:
         if self._root.exists() and not (self._root / LAYOUT_MARKER).exists():
-            with storage_errors(self._root):
+            with streams.storage_errors(self._root):
                 if next(self._root.iterdir(), None):
                     raise StorageError(f"{self._root}: expected an OCI layout, or nothing")
         return self
@@ -173,7 +164,7 @@ class LayoutSink:
     def _index(self) -> dict[str, Any]:
         if not (self._root / INDEX).exists():
             return {"schemaVersion": 2, "manifests": []}
-        body = read_document(DirectoryFiles(self._root).open(INDEX), name=INDEX)
+        body = streams.read_document(DirectoryFiles(self._root).open(INDEX), name=INDEX)
         return gojson.loads(body, name=str(self._root / INDEX))
 
     def place(self, blob: Blob) -> str:
@@ -186,8 +177,8 @@ class LayoutSink:
 
     def commit(self, image: Image) -> str:
         """Write manifest and configuration, then let index.json name them."""
-        config = document_blob(image.config_bytes, "")
-        manifest = document_blob(image.manifest_bytes, image.media_type)
+        config = streams.document_blob(image.config_bytes, "")
+        manifest = streams.document_blob(image.manifest_bytes, image.media_type)
         index = self._index()
         kept = [
             entry
@@ -199,15 +190,15 @@ class LayoutSink:
         self.place(config)
         self.place(manifest)
         if not (self._root / LAYOUT_MARKER).exists():
-            self._write(self._root / LAYOUT_MARKER, PieceReader(iter([LAYOUT_VERSION])))
-        self._write(self._root / INDEX, PieceReader(iter([body])))
+            self._write(self._root / LAYOUT_MARKER, streams.PieceReader(iter([LAYOUT_VERSION])))
+        self._write(self._root / INDEX, streams.PieceReader(iter([body])))
         self._undo = []
         return f"oci:{self._root}:{self._name}@{manifest.descriptor.digest}"
 
     def _write(self, path: Path, stream: Readable) -> None:
         """Write a file that takes its name when it is complete."""
         partial = path.with_name(f".{path.name[:64]}.{secrets.token_hex(4)}")
-        with storage_errors(path):
+        with streams.storage_errors(path):
             for directory in reversed((path.parent, *path.parent.parents)):
                 if not directory.exists():
                     directory.mkdir(exist_ok=True)
@@ -215,7 +206,7 @@ class LayoutSink:
             is_new = not path.exists()
             try:
                 with partial.open("xb", buffering=0) as file:
-                    for piece in pieces(stream):
+                    for piece in streams.pieces(stream):
                         write_all(file.fileno(), piece)
                 os.replace(partial, path)
             finally:
@@ -233,7 +224,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 def index_entry(image: Image, annotations: Mapping[str, str]) -> dict[str, Any]:
     """Return the entry of index.json for an image."""
-    manifest = describe([image.manifest_bytes], image.media_type)
+    manifest = streams.describe([image.manifest_bytes], image.media_type)
     platform = {name: image.config.get(name) for name in ("architecture", "os")}
     return {
         "mediaType": manifest.media_type,
