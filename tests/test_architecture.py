@@ -25,6 +25,8 @@ http: errors urls attempts wire stream tls connection proxies trust transport lo
 aws: errors sigv4 profiles xml endpoints sources credentials
 s3: errors checksums endpoints documents retries throttle crew buffers store operations pace
 s3: download upload directory client transfer
+oci: errors model gojson reference config mutate streams tar layer layout
+oci: archive patcher
 runner: user_command modes invoke_mode inputs uploads results task runtime
 check: preflight
 serve: protocol service
@@ -133,6 +135,7 @@ BUDGETS = {
     "http": 1500,  # a third of it finds, makes and keeps connections
     "aws": 1200,
     "s3": 2600,  # half of it moves large and many objects
+    "oci": 1900,  # references and documents, two kinds of files, registries and their credentials
     "runner": 1150,
     "check": 580,
     "serve": 680,
