@@ -13,6 +13,7 @@
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -281,7 +282,10 @@ static void run_from(const char *root, const unsigned char *archive, char **argv
     }
     if (extract(&place, archive) == 0) {
         char program[PLACEHOLDER + sizeof PROGRAM], directory[40], variables[40];
-        char *own[] = {directory, variables, NULL};
+        char file[PATH_MAX + 16] = "SHIM_PROGRAM=";
+        char *own[] = {directory, variables, file, NULL};
+        if (readlink("/proc/self/exe", file + strlen(file), PATH_MAX) < 0)
+            note("/proc/self/exe (%s); ", strerror(errno));
         snprintf(program, sizeof program, "%s/" PROGRAM, place.path);
         snprintf(directory, sizeof directory, "SHIM_DIRECTORY=%d", place.fd);
         snprintf(variables, sizeof variables, "SHIM_ENVIRONMENT=%d", environment);

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 PROGRAM = "sagemaker-shim"
 HELP_COLUMNS = 98
+# What is done before there is a job.
+LATE = {
+    "patch": "put this program into an image",
+    "unpatch": "make an image what it was before",
+    "verify": "say whether an image is patched with this program",
+}
 # What a user could mean for the command.
 COMMAND_SIGNALS = {
     signal.SIGUSR1,
@@ -125,8 +131,11 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def build_parser() -> Parser:
-    """Return the parser of the whole command line."""
+def build_parser(verb: str = "") -> Parser:
+    """Return the parser of the whole command line; verb: whose options are to be known.
+
+    Of those in LATE nothing is imported before they are called for.
+    """
     parser = Parser(
         prog=PROGRAM, description="Run a Grand Challenge algorithm on Amazon SageMaker, unchanged."
     )
@@ -137,6 +146,13 @@ def build_parser() -> Parser:
         command = commands.add_parser(module.__name__.rpartition(".")[2], help=module.HELP)
         module.add_options(command)
         command.set_defaults(run=module.run, refuse=command.error)
+    for name, text in LATE.items():
+        command = commands.add_parser(name, help=text)
+        if name == verb:
+            from shim.commands.patch import add_options  # 70 ms, with shim.oci
+
+            add_options(name, command)
+            command.set_defaults(refuse=command.error)
     return parser
 
 
@@ -149,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         environ = take_environment(os.environ)
         overwrite_environment()
-        build_parser().parse_args(argv, arguments)
+        words = sys.argv[1:] if argv is None else argv
+        build_parser(*words[:1]).parse_args(words, arguments)
         arguments.style, arguments.take_signals = style_of(arguments), take_signals
         if arguments.run is not run.run:  # it enters namespaces, before there are threads
             take_signals(stop)

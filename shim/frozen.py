@@ -25,11 +25,14 @@ _LIBGCC = "libgcc_s.so.1"
 # The launcher's: descriptors of the image's environment, and of the directory with its lock.
 _ENVIRONMENT = "SHIM_ENVIRONMENT"
 _DIRECTORY = "SHIM_DIRECTORY"
+# And the path of the program.
+_PROGRAM = "SHIM_PROGRAM"
 # At the end of the directory's name; before them stands what the starts on one host share.
 _RANDOM_CHARACTERS = 6
 # Where PyInstaller looks for modules and libraries.
 _HOME = getattr(sys, "_MEIPASS", "")
 _descriptors: dict[str, int] = {}
+_program: list[str] = []
 
 
 def take_environment(environ: MutableMapping[str, str]) -> dict[str, str]:
@@ -44,6 +47,7 @@ def take_environment(environ: MutableMapping[str, str]) -> dict[str, str]:
         return image
     image = _read_variables(int(environ[_ENVIRONMENT]))
     _descriptors[_DIRECTORY] = int(environ[_DIRECTORY])
+    _program.append(environ[_PROGRAM])
     os.set_inheritable(_descriptors[_DIRECTORY], False)
     environ.clear()
     environ.update(image)
@@ -60,6 +64,11 @@ def _read_variables(file: str | int) -> dict[str, str]:
             if name and separator:
                 variables.setdefault(name, value)  # of several with one name, the first counts
     return variables
+
+
+def find_program() -> str | None:
+    """Return the path of the binary; None when nothing is frozen."""
+    return _program[0] if _program else None
 
 
 @cache

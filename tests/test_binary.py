@@ -169,10 +169,13 @@ def test_it_stays_small(binary: Path) -> None:
 
 # Every verb, what is refused, and what check says: the public paths of the modules that are changed
 # while freezing; the end-to-end tests have those of serve.
+VERBS = ("serve", "invoke", "run", "check", "patch", "unpatch", "verify")
 COMMAND_LINES = {
     "nothing": [],
     "help": ["--help"],
-    **{f"help of {verb}": [verb, "--help"] for verb in ("serve", "invoke", "run", "check")},
+    **{f"help of {verb}": [verb, "--help"] for verb in VERBS},
+    "images that are missing": ["patch", "/nowhere", "/tmp/nowhere"],
+    "an image that is missing": ["verify", "oci:/nowhere", "--binary", "/bin/true"],
     "unknown verb": ["fly"],
     "unknown option": ["serve", "--fly"],
     "ambiguous option": ["check", "--r", "--fi"],

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 from shim.cli import COMMAND_SIGNALS, STOP_SIGNALS, build_parser
+from shim.commands.patch import EXIT_CODES
 from shim.contract.settings import PREFIX, VARIABLES
 from shim.contract.tasks import InferenceResult, parse_tasks
 from shim.log.log import encode, split
@@ -86,4 +87,5 @@ def test_every_signal_is_listed() -> None:
 
 
 def test_every_exit_code_is_listed() -> None:
-    assert ["0", "1", "2", "128+n"] == [row[0] for row in table("Exit codes")]
+    of_patch = sorted({str(code) for code in EXIT_CODES.values()})
+    assert ["0", "1", "2", *of_patch, "128+n"] == [row[0] for row in table("Exit codes")]

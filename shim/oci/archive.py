@@ -132,7 +132,11 @@ def open_tar(path: Path) -> Iterator[TarFiles]:
                     return unpacked.read(size)
 
         files = TarFiles(name, read_at, slow=unpacked is not None)
-        files.scan()
+        try:
+            files.scan()
+        except StorageError as error:
+            text = str(error).removeprefix(f"{name}: ")
+            raise StorageError(f"{name}: {text}") from error
         yield files
 
 
