@@ -253,6 +253,22 @@ def test_a_record_that_is_no_command_is_refused(text: str) -> None:
         }), drop_layer=False)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "text", ['{"Env":5}', "[1]", "{", '{"user":"root"}', '{"User":"a","User":"b"}', "5"]
+)
+def test_a_forged_record_of_the_original_is_refused(text: str) -> None:
+    forged = patch(image(Cmd=["sh"]))
+    forged["config"]["Labels"][ORIGINAL_LABEL] = text
+    with pytest.raises(ImageUnsuitable):
+        restore(forged, drop_layer=True)
+
+
+def test_an_image_that_nobody_has_patched_is_left_alone() -> None:
+    base = image(Cmd=["sh"], Env=["GRAND_CHALLENGE_X=1"], Labels={})
+    assert State.PLAIN is detect(base)
+    assert base == restore(base, drop_layer=False)
+
+
 def test_a_forged_record_of_a_user_is_refused() -> None:
     forged = crane()
     forged["config"]["User"] = "1000"
