@@ -111,7 +111,7 @@ class LayoutSource:
             manifest=manifest,
             config=gojson.loads(config, name="The configuration"),
             media_type=media_type,
-            names=tuple(_full_names(chosen)),
+            names=tuple(sorted(_full_names(chosen))),
         )
 
     def _choose(self, index: Mapping[str, Any]) -> list[dict[str, Any]]:

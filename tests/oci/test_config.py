@@ -269,15 +269,22 @@ def test_an_image_that_nobody_has_patched_is_left_alone() -> None:
     assert base == restore(base, drop_layer=False)
 
 
-def test_a_forged_record_of_a_user_is_refused() -> None:
-    forged = crane()
-    forged["config"]["User"] = "1000"
-    with pytest.raises(ImageUnsuitable, match="runs as '1000'"):
-        restore(forged, drop_layer=True)
-    labelled = patch(image(Cmd=["sh"], User="root"))
+@pytest.mark.parametrize("user", ["", "root", "0", "00", "+0", "-0", "0:5", "root:x"])
+def test_a_forged_record_of_root_is_refused(user: str) -> None:
+    labelled = patch(image(Cmd=["sh"], User=user))
+    assert restore(labelled, drop_layer=True)
     labelled["config"]["User"] = "1000"
     with pytest.raises(ImageUnsuitable, match="runs as '1000'"):
         restore(labelled, drop_layer=True)
+    forged = crane()
+    forged["config"] |= {"User": "1000", "Env": [*forged["config"]["Env"], f"{USER}={user}"]}
+    with pytest.raises(ImageUnsuitable, match="runs as '1000'"):
+        restore(forged, drop_layer=True)
+
+
+def test_a_shim_of_another_user_can_be_replaced() -> None:
+    base = image(Cmd=["sh"], User="alg")
+    assert base == restore(patch(base, user="1000"), drop_layer=True)
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,10 @@ def test_a_layout_is_read_by_name(tmp_path: Path) -> None:
 
 
 def test_names_of_one_image_are_no_choice(tmp_path: Path) -> None:
-    (write_layout(tmp_path, MADE) / "index.json").write_bytes(named(MADE, "a", "b/c:1"))
+    (write_layout(tmp_path, MADE) / "index.json").write_bytes(named(MADE, "a", "d/c:1", "b/c:1"))
     image = load(tmp_path)
     assert MADE.config == image.config_bytes
-    assert ("docker.io/b/c:1",) == image.names
+    assert ("docker.io/b/c:1", "docker.io/d/c:1") == image.names
 
 
 def test_an_image_without_a_name_is_read(tmp_path: Path) -> None:
