@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from gzip import GzipFile
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -217,16 +218,18 @@ class ArchiveSource:
         try:
             source = layout.LayoutSource(self._files, image.names[0] if image.names else None)
             found = source.load(os_name, architecture)
-            same = found.config_bytes == image.config_bytes and (
-                [layer.digest for layer in mutate.layers_of(found.manifest)]
-                == [layer.digest for layer in mutate.layers_of(image.manifest)]
-            )
         except (ImageUnsuitable, StorageError, UsageError):
             return None
+        same = found.config_bytes == image.config_bytes and _facts(found) == _facts(image)
         return replace(found, names=image.names) if same else None
 
     def blob(self, descriptor: Descriptor) -> Blob:
         return layout.file_blob(self._files, self._paths[descriptor.digest], descriptor)
+
+
+def _facts(image: Image) -> list[tuple[str, int, bool]]:
+    layers = mutate.layers_of(image.manifest)
+    return [(layer.digest, layer.size_bytes, mutate.is_plain(layer)) for layer in layers]
 
 
 def _full_names(entry: dict[str, Any]) -> Iterator[str]:
@@ -247,7 +250,7 @@ class ArchiveSink:
         self._current: str | None = None
         self._write: Callable[[bytes], object] = len
         self._finish: Callable[[], object] = int
-        self._files = ExitStack()
+        self._files, self._lock = ExitStack(), Lock()
 
     def __enter__(self) -> Self:
         with streams.storage_errors(self._path):
@@ -280,18 +283,18 @@ class ArchiveSink:
     def place(self, blob: Blob) -> str:
         """Append a blob unless it is there."""
         path = layout.blob_path(blob.descriptor.digest)
-        if path in self._placed:
-            return "exists"
-        self._append(path, blob.descriptor.size_bytes, streams.pieces(blob.open(0)))
-        self._placed.add(path)
+        with self._lock:
+            if path in self._placed:
+                return "exists"
+            self._append(path, blob.descriptor.size_bytes, streams.pieces(blob.open(0)))
+            self._placed.add(path)
         return "written"
 
     def _append(self, path: str, size_bytes: int, content: Iterable[bytes]) -> None:
-        with streams.storage_errors(self._path):
-            self._write(tar.build_header(path, size_bytes=size_bytes))
-            for piece in content:
+        header = tar.build_header(path, size_bytes=size_bytes)
+        for piece in chain([header], content, [tar.padding(size_bytes)]):
+            with streams.storage_errors(self._path):  # an error of the source's is another
                 self._write(piece)
-            self._write(tar.padding(size_bytes))
 
     def commit(self, image: Image) -> str:
         """Write the documents and give the file its name, unless this image has it already."""

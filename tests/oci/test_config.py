@@ -253,15 +253,38 @@ def test_a_record_that_is_no_command_is_refused(text: str) -> None:
         }), drop_layer=False)  # fmt: skip
 
 
-def test_a_forged_record_of_a_user_is_refused() -> None:
-    forged = crane()
-    forged["config"]["User"] = "1000"
-    with pytest.raises(ImageUnsuitable, match="runs as '1000'"):
+@pytest.mark.parametrize(
+    "text", ['{"Env":5}', "[1]", "{", '{"user":"root"}', '{"User":"a","User":"b"}', "5"]
+)
+def test_a_forged_record_of_the_original_is_refused(text: str) -> None:
+    forged = patch(image(Cmd=["sh"]))
+    forged["config"]["Labels"][ORIGINAL_LABEL] = text
+    with pytest.raises(ImageUnsuitable):
         restore(forged, drop_layer=True)
-    labelled = patch(image(Cmd=["sh"], User="root"))
+
+
+def test_an_image_that_nobody_has_patched_is_left_alone() -> None:
+    base = image(Cmd=["sh"], Env=["GRAND_CHALLENGE_X=1"], Labels={})
+    assert State.PLAIN is detect(base)
+    assert base == restore(base, drop_layer=False)
+
+
+@pytest.mark.parametrize("user", ["", "root", "0", "00", "+0", "-0", "0:5", "root:x"])
+def test_a_forged_record_of_root_is_refused(user: str) -> None:
+    labelled = patch(image(Cmd=["sh"], User=user))
+    assert restore(labelled, drop_layer=True)
     labelled["config"]["User"] = "1000"
     with pytest.raises(ImageUnsuitable, match="runs as '1000'"):
         restore(labelled, drop_layer=True)
+    forged = crane()
+    forged["config"] |= {"User": "1000", "Env": [*forged["config"]["Env"], f"{USER}={user}"]}
+    with pytest.raises(ImageUnsuitable, match="runs as '1000'"):
+        restore(forged, drop_layer=True)
+
+
+def test_a_shim_of_another_user_can_be_replaced() -> None:
+    base = image(Cmd=["sh"], User="alg")
+    assert base == restore(patch(base, user="1000"), drop_layer=True)
 
 
 @pytest.mark.parametrize(

@@ -191,14 +191,21 @@ def test_reads_what_python_writes(format_: int) -> None:
         link = tarfile.TarInfo("x/y/layer.tar")
         link.type, link.linkname = tarfile.SYMTYPE, "../../a"
         tar.addfile(link)
+        link.name, link.linkname = "absolute", "/x/../a"
+        tar.addfile(link)
         if format_ != tarfile.USTAR_FORMAT:
             tar.addfile(tarfile.TarInfo(LONG))
+            link.name, link.linkname = "z/long", LONG
+            tar.addfile(link)
     data = file.getvalue()
     members = [*read_members(read_at(data))]
-    names = ["a", "c", LONG[:150], LONG[:97] + "é", "x/y/layer.tar"]
-    names += [LONG] * (format_ != tarfile.USTAR_FORMAT)
+    names = ["a", "c", LONG[:150], LONG[:97] + "é", "x/y/layer.tar", "absolute"]
+    links = ["a", "a"]
+    if format_ != tarfile.USTAR_FORMAT:
+        names += [LONG, "z/long"]
+        links += [f"z/{LONG}"]
     assert names == [member.name for member in members]
-    assert "a" == members[4].link
+    assert links == [member.link for member in members if member.kind == tarfile.SYMTYPE]
     assert {b"hello"} == {data[m.offset : m.offset + m.size_bytes] for m in members[:4]}
 
 
@@ -220,13 +227,20 @@ def pax(record: bytes, kind: bytes = b"x") -> bytes:
         pytest.param(pax(b"path=x\n"), id="pax record without length"),
         pytest.param(pax(b"11 size=-1\n"), id="negative size"),
         pytest.param(pax(b"10 size=x\n"), id="size of letters"),
-        pytest.param(pax(b"1509 path=" + b"n" * 1500), id="long name"),
+        pytest.param(pax(b"1511 path=" + b"n" * 1500 + b"\n"), id="long name"),
+        pytest.param(pax(b"1515 linkpath=" + b"n" * 1500 + b"\n"), id="long target"),
         pytest.param(build_header("a") * 20_001, id="many members"),
     ],
 )
 def test_hostile_headers_are_refused(data: bytes) -> None:
     with pytest.raises(StorageError):
         list(read_members(read_at(data)))
+
+
+def test_a_name_that_ustar_cannot_hold_is_refused() -> None:
+    assert build_header("n" * 100)
+    with pytest.raises(StorageError, match="too long"):
+        build_header("n" * 101)
 
 
 def test_sizes_beyond_octal_digits_are_written_as_gnu_does() -> None:

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shim.contract.errors import UsageError
-from shim.oci.archive import open_sink, open_source
+from shim.http.errors import TransportError
+from shim.oci.archive import ArchiveSink, open_sink, open_source
 from shim.oci.errors import ImageUnsuitable, StorageError
 from shim.oci.layout import DirectoryFiles, LayoutSink, LayoutSource
 from shim.oci.model import Descriptor
@@ -78,10 +82,10 @@ def test_a_layout_is_read_by_name(tmp_path: Path) -> None:
 
 
 def test_names_of_one_image_are_no_choice(tmp_path: Path) -> None:
-    (write_layout(tmp_path, MADE) / "index.json").write_bytes(named(MADE, "a", "b/c:1"))
+    (write_layout(tmp_path, MADE) / "index.json").write_bytes(named(MADE, "a", "d/c:1", "b/c:1"))
     image = load(tmp_path)
     assert MADE.config == image.config_bytes
-    assert ("docker.io/b/c:1",) == image.names
+    assert ("docker.io/b/c:1", "docker.io/d/c:1") == image.names
 
 
 def test_an_image_without_a_name_is_read(tmp_path: Path) -> None:
@@ -200,3 +204,31 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file"):
         with open_sink(parse_location(f"{tmp_path}/no/out.tar")):
             pass
+
+
+@pytest.mark.parametrize("dest", ["out.tar", "out.tar.gz", "oci:layout"])
+def test_an_error_of_the_source_is_not_one_of_the_disk(dest: str, tmp_path: Path) -> None:
+    def broken(offset: int) -> Any:
+        raise TransportError("reset")
+
+    kind, colon, path = dest.rpartition(":")
+    blob = replace(document_blob(b"content", ""), open=broken)
+    with pytest.raises(TransportError):
+        with open_sink(parse_location(f"{kind}{colon}{tmp_path / path}")) as sink:
+            sink.place(blob)
+    assert [] == [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    with LayoutSink(tmp_path / "new") as sink, ArchiveSink(tmp_path / "out.tar") as archive:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            for place in (sink.place, archive.place):
+                with pytest.raises(StorageError, match="File too large"):
+                    place(document_blob(b"content" * 1000, ""))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+    assert [] == [*tmp_path.iterdir()]

@@ -138,6 +138,7 @@ def test_an_index_leads_to_the_platform(platform: str, documents: dict[str, Any]
         ({"index": {**index(), "manifests": None}}, "it is for nothing"),
         ({"index": {**index(), "manifests": {"a": 1}}}, "list of manifests"),
         ({"index": index(5)}, "descriptor"),
+        ({"index": {**M, "layers": [{**entry(OCI_LAYER), "mediaType": 5}]}}, "text as media type"),
         ({"index": index(child("", "m", annotations=5)), "m": {**M, "Layers": []}}, "'Layers'"),
         ({"index": {**M, "layers": [entry(OCI_LAYER, Digest=B)]}}, "Layer 1 has a member 'Digest'"),
         ({"index": index(child("", "index"))}, "nested more than 3"),

@@ -452,3 +452,50 @@ def test_no_layer_is_held_in_memory(dest: str, tmp_path: Path, binary: Path) -> 
         sys.executable, "-c", MEASURE, source, f"{kind}{colon}{tmp_path / path}", binary
     )
     assert int(kibibytes) < 60 << 10  # pytest included
+
+
+def test_says_when_the_original_cannot_be_restored(tmp_path: Path, binary: Path) -> None:
+    class Indented(Made):
+        @property
+        def config(self) -> bytes:
+            return json.dumps(json.loads(super().config), indent=1).encode()
+
+    source = write_tar(tmp_path / "in.tar", images.old_docker(Indented()))
+    patched(source, tmp_path / "patched.tar", binary)
+    outcome = unpatched(tmp_path / "patched.tar", tmp_path / "out.tar")
+    assert outcome.is_identical is False
+    assert json.loads(Indented().config) == outcome.image.config
+
+
+def test_verify_reads_the_layer_itself(tmp_path: Path, binary: Path) -> None:
+    patched(write_layout(tmp_path / "in", Made()), f"oci:{tmp_path}/out:x", binary)
+    (listed,) = json.loads((tmp_path / "out/index.json").read_text())["manifests"]
+    path = tmp_path / "out/blobs" / listed["digest"].replace(":", "/")
+    manifest = json.loads(path.read_text())
+    manifest["layers"][-1] = manifest["layers"][0]
+    body = json.dumps(manifest).encode()
+    (path.parent / sha256(body)).write_bytes(body)
+    changed = images.index(images.entry(listed["mediaType"], body))
+    (tmp_path / "out/index.json").write_bytes(changed)
+    assert ["The top layer is not what the configuration says"] == verified(
+        f"oci:{tmp_path}/out", binary
+    )
+
+
+def test_every_blob_is_reported_once(tmp_path: Path, binary: Path) -> None:
+    source = write_tar(tmp_path / "in.tar", images.old_docker(made_for("Docker 20.10")))
+    reported: list[tuple[str, int]] = []
+    with open_source(parse_location(str(source))) as opened:
+        outcome = patch(
+            opened,
+            open_sink(parse_destination(f"oci:{tmp_path}/out")),
+            platform=AMD64,
+            target=Target(family="oci", workers=4),
+            binary=binary,
+            mode=0o500,
+            options=PatchOptions(),
+            version="1.0",
+            report=lambda done, size_bytes: reported.append((done, size_bytes)),
+        )
+    assert ["written"] * 4 == [done for done, _ in reported]  # two layers are the same
+    assert {"written": sum(size_bytes for _, size_bytes in reported)} == outcome.sizes
