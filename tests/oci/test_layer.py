@@ -167,7 +167,15 @@ def test_gzip_of_a_blob_is_verified(binary: Path) -> None:
     assert content(plain) == b"".join(decompressed(in_pieces(content(packed), 3)))
 
 
-@pytest.mark.parametrize("body", [b"", b"\x1f\x8b", b"no gzip", gzip.compress(b"x" * 999)[:-4]])
+DAMAGED = {
+    "nothing": b"",
+    "the magic alone": b"\x1f\x8b",
+    "no gzip": b"no gzip",
+    "cut off": gzip.compress(b"x" * 999)[:-4],
+}
+
+
+@pytest.mark.parametrize("body", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_gzip_is_noticed(body: bytes) -> None:
     with pytest.raises(StorageError, match="gzip"):
         list(decompressed(iter([body])))
