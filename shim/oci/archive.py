@@ -45,6 +45,7 @@ class TarFiles:
         self._members: dict[str, tar.Member] = {}
         self._twice: set[str] = set()
         self._kept: dict[str, bytes] = {}
+        self._magic: dict[str, bytes] = {}
         self._described: dict[str, Descriptor] = {}
 
     def scan(self) -> None:
@@ -101,7 +102,10 @@ class TarFiles:
 
     def magic(self, path: str) -> bytes:
         """Return the first bytes of a file, which say how it is compressed."""
-        return self.open(path).read(4)
+        name = self.member(path).name
+        if name not in self._magic:
+            self._magic[name] = self.open(name).read(4)
+        return self._magic[name]
 
     def is_gzip(self, path: str) -> bool:
         return self.magic(path).startswith(streams.GZIP_MAGIC)
@@ -298,11 +302,9 @@ class ArchiveSink:
 
     def commit(self, image: Image) -> str:
         """Write the documents and give the file its name, unless this image has it already."""
-        config = streams.document_blob(image.config_bytes, "")
         manifest = streams.document_blob(image.manifest_bytes, image.media_type)
         if (digest := manifest.descriptor.digest) == self._current:
             return f"{self._path}@{digest}"
-        self.place(config)
         self.place(manifest)
         names = (self._name,) if self._name else image.names
         entries = [layout.index_entry(image, self._annotations(name)) for name in names or ("",)]

@@ -47,8 +47,6 @@ _INNER = (
     "NetworkDisabled MacAddress OnBuild Labels StopSignal StopTimeout Shell"
 ).split()
 _ROOTFS = ["type", "diff_ids"]
-# image-spec specs-go/v1/config.go
-_GO_ORDER = "User ExposedPorts Env Entrypoint Cmd Volumes WorkingDir Labels StopSignal".split()
 
 
 class State(Enum):
@@ -179,7 +177,7 @@ def _is_our_entry(entry: Mapping[str, Any]) -> bool:
 
 
 def _undone(inner: Mapping[str, Any], state: State) -> dict[str, Any]:
-    """Return the inner configuration without our variables and labels, in Go's order."""
+    """Return the inner configuration without our variables and labels."""
     undone = {**inner, "Env": _without_reserved(inner)}
     labels = {k: v for k, v in (inner.get("Labels") or {}).items() if not k.startswith(_LABEL)}
     undone["Labels"] = labels
@@ -188,12 +186,8 @@ def _undone(inner: Mapping[str, Any], state: State) -> dict[str, Any]:
         undone["Entrypoint"] = _decode(recorded[ENTRYPOINT_VARIABLE])
         undone["Cmd"] = _decode(recorded[CMD_VARIABLE])
         undone["User"] = recorded.get(USER_VARIABLE, "")
-    rank = {name: index for index, name in enumerate(_GO_ORDER)}
-    return {
-        name: undone[name]
-        for name in sorted(undone, key=lambda name: rank.get(name, len(rank)))
-        if undone[name] or name not in ("User", "Env", "Entrypoint", "Cmd", "Labels")
-    }
+    ours = ("User", "Env", "Entrypoint", "Cmd", "Labels")
+    return {name: value for name, value in undone.items() if value or name not in ours}
 
 
 def _decode(text: str) -> object:

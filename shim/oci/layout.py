@@ -176,9 +176,11 @@ class LayoutSink:
         return "written"
 
     def commit(self, image: Image) -> str:
-        """Write manifest and configuration, then let index.json name them."""
-        config = streams.document_blob(image.config_bytes, "")
+        """Write the manifest, then let index.json name it, unless it does."""
         manifest = streams.document_blob(image.manifest_bytes, image.media_type)
+        reference = f"oci:{self._root}:{self._name}@{manifest.descriptor.digest}"
+        if self.current_digest() == manifest.descriptor.digest:
+            return reference
         index = self._index()
         kept = [
             entry
@@ -187,13 +189,12 @@ class LayoutSink:
         ]
         entry = index_entry(image, {REF_NAME: self._name})
         body = gojson.dumps({**index, "manifests": [*kept, entry]})
-        self.place(config)
         self.place(manifest)
         if not (self._root / LAYOUT_MARKER).exists():
             self._write(self._root / LAYOUT_MARKER, streams.PieceReader(iter([LAYOUT_VERSION])))
         self._write(self._root / INDEX, streams.PieceReader(iter([body])))
         self._undo = []
-        return f"oci:{self._root}:{self._name}@{manifest.descriptor.digest}"
+        return reference
 
     def _write(self, path: Path, stream: Readable) -> None:
         """Write a file that takes its name when it is complete."""

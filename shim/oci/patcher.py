@@ -231,9 +231,7 @@ def _write(
     )
 
 
-def _place(
-    blobs: Sequence[Blob], sink: Sink, workers: int, report: Report
-) -> dict[str, int]:  # fmt: skip
+def _place(blobs: Sequence[Blob], sink: Sink, workers: int, report: Report) -> dict[str, int]:
     """Place each blob once, several side by side, in the order of the source."""
     once = {blob.descriptor.digest: blob for blob in blobs}
     ordered = sorted(once.values(), key=lambda blob: blob.position)

@@ -7,21 +7,23 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from shim.contract.errors import UsageError
 from shim.http.errors import TransportError
-from shim.oci.archive import ArchiveSink, open_sink, open_source
+from shim.oci.archive import ArchiveSink, ArchiveSource, TarFiles, open_sink, open_source
 from shim.oci.errors import ImageUnsuitable, StorageError
 from shim.oci.layout import DirectoryFiles, LayoutSink, LayoutSource
 from shim.oci.model import Descriptor
+from shim.oci.mutate import layers_of
 from shim.oci.reference import parse_location
-from shim.oci.streams import document_blob
+from shim.oci.streams import document_blob, pieces
 from tests.oci import images
 from tests.oci.images import OCI, REF_NAME, Made, entry, index, sha256, write_layout, write_tar
-from tests.oci.test_patcher import needs, patched, run, skopeo_config, verified
+from tests.oci.test_patcher import SHAPES, made_for, needs, patched, run, skopeo_config, verified
 
 MADE = Made(name="x:one")
 MANIFEST_PATH = f"blobs/sha256/{sha256(MADE.manifest())}"
@@ -232,3 +234,37 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
     assert [] == [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_archive_that_cannot_be_read_backwards_is_read_once(shape: str, tmp_path: Path) -> None:
+    """In gzip, each step back means to begin anew."""
+    made = made_for(shape)
+    made.layers += [images.layer("big", content=Random(seed).randbytes(2 << 20)) for seed in (1, 2)]
+    data = write_tar(tmp_path / "in.tar", SHAPES[shape](made)).read_bytes()
+    offsets: list[int] = []
+
+    def read_at(offset: int, size: int) -> bytes:
+        offsets.append(offset)
+        return data[offset : offset + size]
+
+    files = TarFiles("x", read_at, slow=True)
+    files.scan()
+    scanned = len(offsets)
+    source = ArchiveSource(files)
+    image = source.load("linux", "amd64")
+    assert scanned == len(offsets)
+    blobs = [source.blob(layer) for layer in layers_of(image.manifest)]
+    for blob in sorted(blobs, key=lambda blob: blob.position):
+        assert list(pieces(blob.open(0)))
+    assert len(offsets) > scanned
+    assert offsets[scanned:] == sorted(offsets[scanned:])
+
+
+def test_an_entry_that_is_there_stays_in_its_place(tmp_path: Path, binary: Path) -> None:
+    root = write_layout(tmp_path / "layout", MADE)
+    patched(f"oci:{root}:one", f"oci:{root}:new", binary)
+    patched(f"oci:{root}:one", f"oci:{root}:other", binary)
+    before = (root / "index.json").read_bytes()
+    patched(f"oci:{root}:one", f"oci:{root}:new", binary)
+    assert before == (root / "index.json").read_bytes()

@@ -240,6 +240,7 @@ def test_a_destination_that_is_another_image_needs_force(
     before = content(tmp_path)
     again = patched(first, dest, binary)
     assert (outcome.reference, {}) == (again.reference, again.sizes)
+    assert before == content(tmp_path)
     with pytest.raises(UsageError, match="--force"):
         patched(second, dest, binary)
     assert before == content(tmp_path)
