@@ -1,0 +1,484 @@
+"""A registry as source and sink: distribution-spec.md, over the client that S3 has too.
+
+Rule 1: the Authorization header goes to the registry's own origin, and nowhere else.
+Rule 2: what is received counts only when size and digest are those that were asked for.
+Rule 3: an upload that failed is begun anew, from HEAD on: its session is dead.
+Rule 4: a location may hold a signature: it is never shown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Self
+from urllib.parse import quote, urljoin, urlsplit
+
+from shim.http.attempts import Attempts, Policy, delay_seconds
+from shim.http.connection import Request, Response
+from shim.http.errors import CertificateError, RemoteError, StaleConnection, TransportError
+from shim.http.transport import Transport
+from shim.http.urls import Url, parse_url
+from shim.oci import auth, gojson, mutate
+from shim.oci.auth import Login, Token
+from shim.oci.errors import ImageUnsuitable, RegistryError
+from shim.oci.model import Blob, Descriptor, Image, Readable
+from shim.oci.reference import Reference
+from shim.oci.streams import PieceReader, VerifiedReader, describe, pieces
+
+MOST_ATTEMPTS = 4
+MOST_REDIRECTS = 5
+MOST_RESUMES = 20
+ANSWER_LIMIT_BYTES = 64 << 10
+DOCUMENT_LIMIT_BYTES = 4 << 20
+CHUNK_BYTES = 4 << 20  # GHCR refuses larger ones
+BLOCK_BYTES = 1 << 18
+RETRIED = (408, 429, 499, 500, 502, 503, 504, 522)
+REDIRECTS = (301, 302, 303, 307, 308)
+POLICIES = {"answer": Policy(base_seconds=1.0), "transport": Policy(base_seconds=1.0)}
+ACCEPT = ", ".join((*mutate.MANIFESTS, *mutate.INDEXES))
+
+
+class _Refused(RegistryError):
+    """An answer that is no success; headers: its own."""
+
+    def __init__(self, sentence: str, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(sentence)
+        self.status, self.headers = status, headers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """A success, whose body is to be read; url: of the request that it answers."""
+
+    response: Response
+    url: str
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.response.headers
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """The body of a request that is read from a blob."""
+
+    blob: Blob
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def blocks(self) -> Iterator[memoryview]:
+        left, stream = self.size, self.blob.open(self.start)
+        try:
+            while left and (piece := stream.read(min(left, BLOCK_BYTES))):
+                left -= len(piece)
+                yield memoryview(piece)
+            if not left and self.start == 0 and self.stop == self.blob.descriptor.size_bytes:
+                stream.read(1)  # lets the reader compare the digest
+        finally:
+            stream.close()
+        if left:
+            raise RegistryError("A layer ended before its announced length")
+
+
+class Registry:
+    """One repository of a registry, as one user sees it."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        transport: Transport,
+        login: Login | None = None,
+        insecure: bool = False,
+        check: Callable[[], None] = lambda: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._reference, self._transport, self._login = reference, transport, login
+        self._insecure, self._check, self._sleep = insecure, check, sleep
+        self._base: Url | None = None
+        self._challenge: auth.Challenge | None = None
+        self._scopes = {f"repository:{reference.repository}:pull": None}
+        self._tokens: dict[tuple[str, ...], Token] = {}
+        self._lock = threading.Lock()
+
+    # What is read
+
+    def load(self, os_name: str, architecture: str) -> Image:
+        """Get the manifest and the configuration of the image for a platform."""
+        body, hint = self._manifest(self._reference.identifier)
+        body, manifest, media_type = mutate.resolve_manifest(
+            body, hint, self._child, os_name=os_name, architecture=architecture
+        )
+        config_body = self._document(mutate.config_of(manifest))
+        return Image(
+            manifest_bytes=body,
+            config_bytes=config_body,
+            manifest=manifest,
+            config=gojson.loads(config_body, name="The configuration"),
+            media_type=media_type,
+            names=(str(self._reference),) if self._reference.tag else (),
+        )
+
+    def blob(self, descriptor: Descriptor) -> Blob:
+        """Return a blob that is downloaded when it is opened."""
+
+        def open_(offset: int) -> Readable:
+            stream = PieceReader(self._pieces(descriptor, offset))
+            if offset:
+                return stream
+            return VerifiedReader(stream, descriptor, name=self._reference.name)
+
+        origin = (self._reference.registry, self._reference.repository)
+        return Blob(descriptor=descriptor, open=open_, origin=origin)
+
+    def _manifest(self, identifier: str) -> tuple[bytes, str]:
+        answer = self._ask("GET", f"manifests/{identifier}", {"accept": ACCEPT})
+        body = self._read(answer, DOCUMENT_LIMIT_BYTES)
+        digests = {identifier, answer.headers.get("docker-content-digest", "")}
+        for expected in digests:
+            if expected.startswith("sha256:") and describe([body], "").digest != expected:
+                raise RegistryError(f"{self._reference}: the manifest is not that of {expected}")
+        return body, answer.headers.get("content-type", "").partition(";")[0].strip()
+
+    def _child(self, descriptor: Descriptor) -> bytes:
+        body, _ = self._manifest(descriptor.digest)
+        return body
+
+    def _document(self, descriptor: Descriptor) -> bytes:
+        if descriptor.size_bytes > DOCUMENT_LIMIT_BYTES:
+            raise ImageUnsuitable(f"{self._reference}: its configuration is longer than 4 MiB")
+        return b"".join(pieces(self.blob(descriptor).open(0)))
+
+    def _pieces(self, descriptor: Descriptor, offset: int) -> Iterator[bytes]:
+        """Yield a blob from the offset on, taken up again where it breaks off."""
+        breaks = 0
+        while offset < descriptor.size_bytes:
+            ranges = {"range": f"bytes={offset}-"} if offset else {}
+            answer = self._ask("GET", f"blobs/{descriptor.digest}", ranges)
+            try:
+                skipped = 0 if answer.response.status == 206 else offset
+                while piece := bytes(answer.response.receive(BLOCK_BYTES)):
+                    self._check()
+                    kept, skipped = piece[skipped:], max(0, skipped - len(piece))
+                    offset += len(kept)
+                    if kept:
+                        yield kept
+                return
+            except TransportError:
+                breaks += 1
+                if breaks > MOST_RESUMES:
+                    raise
+            finally:
+                self._transport.finish(answer.response)
+
+    # What is written
+
+    def __enter__(self) -> Self:
+        self._scopes = {f"repository:{self._reference.repository}:pull,push": None}
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Blobs that no manifest names are the registry's to collect."""
+
+    def current_digest(self) -> str | None:
+        """Return the digest that the tag has."""
+        headers = {"accept": ACCEPT}
+        try:
+            answer = self._ask("HEAD", f"manifests/{self._reference.identifier}", headers)
+        except _Refused as refused:
+            if refused.status in (404, 401, 403):
+                return None
+            raise
+        self._read(answer, ANSWER_LIMIT_BYTES)
+        return answer.headers.get("docker-content-digest")
+
+    def place(self, blob: Blob) -> str:
+        """Upload a blob, unless it is there or can be mounted."""
+        attempts = Attempts(POLICIES, most=MOST_ATTEMPTS)
+        while True:
+            try:
+                return self._place(blob)
+            except TransportError as error:
+                self._pause(attempts, error)
+
+    def _place(self, blob: Blob) -> str:
+        digest = blob.descriptor.digest
+        with suppress(_Refused):
+            self._read(self._ask("HEAD", f"blobs/{digest}"), ANSWER_LIMIT_BYTES)
+            return "exists"
+        location = self._begin(blob)
+        if location is None:
+            return "mounted"
+        query = f"{'&' if '?' in location else '?'}digest={quote(digest, safe=':')}"
+        size = blob.descriptor.size_bytes
+        try:
+            answer = self._ask("PUT", location + query, body=_Upload(blob, 0, size))
+        except _Refused as refused:
+            if refused.status not in (405, 411, 413, 415, 416):
+                raise
+            answer = self._put_chunks(blob)
+        self._read(answer, ANSWER_LIMIT_BYTES)
+        return "written"
+
+    def _begin(self, blob: Blob) -> str | None:
+        """Begin an upload; None where the blob was mounted from another repository."""
+        registry, repository = blob.origin or ("", "")
+        if registry == self._reference.registry and repository != self._reference.repository:
+            self._scopes[f"repository:{repository}:pull"] = None
+            query = f"?mount={blob.descriptor.digest}&from={quote(repository)}"
+            with suppress(_Refused):
+                answer = self._ask("POST", f"blobs/uploads/{query}")
+                self._read(answer, ANSWER_LIMIT_BYTES)
+                return None if answer.response.status == 201 else self._location(answer)
+        answer = self._ask("POST", "blobs/uploads/")
+        self._read(answer, ANSWER_LIMIT_BYTES)
+        return self._location(answer)
+
+    def _put_chunks(self, blob: Blob) -> _Answer:
+        """Upload in parts, the last of which comes with the digest."""
+        answer = self._ask("POST", "blobs/uploads/")
+        self._read(answer, ANSWER_LIMIT_BYTES)
+        least = answer.headers.get("oci-chunk-min-length", "")
+        step = max(CHUNK_BYTES, int(least) if least.isdecimal() else 0)
+        size, start = blob.descriptor.size_bytes, 0
+        while True:
+            location, stop = self._location(answer), min(start + step, size)
+            fields = {"content-range": f"{start}-{stop - 1}"}
+            body = _Upload(blob, start, stop)
+            if stop == size:
+                join = "&" if "?" in location else "?"
+                url = f"{location}{join}digest={blob.descriptor.digest}"
+                return self._ask("PUT", url, fields, body)
+            answer = self._ask("PATCH", location, fields, body)
+            self._read(answer, ANSWER_LIMIT_BYTES)
+            start = stop
+
+    def _location(self, answer: _Answer) -> str:
+        """Return where an upload goes on: absolute, relative, or elsewhere."""
+        base = self._find_base()
+        url = urljoin(answer.url, answer.headers.get("location", ""))
+        if base.scheme == "https" and url.startswith(f"http://{base.netloc}/"):
+            url = f"https{url[4:]}"  # of a proxy that takes the TLS off
+        try:
+            parse_url(url)
+        except ValueError:
+            raise RegistryError(f"{base.netloc} names no location for an upload") from None
+        return url
+
+    def commit(self, image: Image) -> str:
+        """Put the manifest under the tag; return the reference by digest."""
+        descriptor = describe([image.manifest_bytes], image.media_type)
+        if self.current_digest() != descriptor.digest:
+            answer = self._ask(
+                "PUT",
+                f"manifests/{self._reference.identifier}",
+                {"content-type": image.media_type},
+                image.manifest_bytes,
+            )
+            self._read(answer, ANSWER_LIMIT_BYTES)
+            told = answer.headers.get("docker-content-digest", descriptor.digest)
+            if told != descriptor.digest:
+                raise RegistryError(f"{self._reference}: the registry made {told} of the manifest")
+        return self._reference.with_digest(descriptor.digest)
+
+    # One round trip
+
+    def _find_base(self) -> Url:
+        """Return where the registry answers: by HTTPS, or by HTTP where that is allowed."""
+        with self._lock:
+            if self._base is None:
+                self._base = self._ping()
+            return self._base
+
+    def _ping(self) -> Url:
+        server = self._reference.registry
+        try:
+            secure = parse_url(f"https://{server}")
+        except ValueError:
+            raise RegistryError(f"{server} is no address of a registry") from None
+        try:
+            answer = self._open("GET", f"https://{server}/v2/", {}, None)
+            answer.read(ANSWER_LIMIT_BYTES)
+            self._transport.finish(answer)
+            return secure
+        except CertificateError:
+            if not self._insecure:
+                raise
+        except TransportError:
+            if not (self._insecure or auth.is_local(secure.host)):
+                raise
+        return parse_url(f"http://{server}")
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str] = {},  # noqa: B006
+        body: bytes | _Upload | None = None,
+    ) -> _Answer:
+        """Ask for a path of the repository or a URL; repeated where nothing is lost by it.
+
+        Raises _Refused for what is no success.
+        """
+        base = self._find_base()
+        root = f"{base.scheme}://{base.netloc}/v2/{self._reference.repository}/"
+        url = path if path.startswith(("http:", "https:")) else root + path
+        attempts = Attempts(POLICIES, most=MOST_ATTEMPTS)
+        while True:
+            try:
+                return self._follow(method, url, headers, body)
+            except (_Refused, TransportError) as error:
+                if isinstance(body, _Upload):
+                    raise
+                self._pause(attempts, error)
+
+    def _pause(self, attempts: Attempts, error: RemoteError) -> None:
+        """Wait before the next attempt; raise the error where there is none."""
+        is_refusal = isinstance(error, _Refused)
+        if isinstance(error, _Refused) and error.status not in RETRIED:
+            raise error
+        kind = "answer" if is_refusal else "transport"
+        if isinstance(error, CertificateError) or not attempts.add(kind):
+            raise error
+        seconds = delay_seconds(
+            POLICIES[kind],
+            retry=attempts.failed,
+            headers=getattr(error, "headers", {}),
+            random=int.from_bytes(os.urandom(2), "big") / 2**16,
+        )
+        while seconds > 0:
+            self._check()
+            self._sleep(min(seconds, 0.25))
+            seconds -= 0.25
+
+    def _follow(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | _Upload | None
+    ) -> _Answer:
+        """Answer one challenge of each server, and follow redirects of what is only read."""
+        own, tokens = self._find_base(), dict[Url, str]()
+        is_answered = False
+        for _ in range(MOST_REDIRECTS + 2):
+            origin = replace(parse_url(url), target="")
+            login = self._authorization() if origin == own else tokens.get(origin, "")
+            fields = {**headers, "authorization": login} if login else headers
+            response = self._open(method, url, fields, body)
+            status = response.status
+            if status < 300:
+                return _Answer(response=response, url=url)
+            refused = self._refusal(method, url, response)
+            if status in REDIRECTS and method in ("GET", "HEAD"):
+                url = urljoin(url, refused.headers.get("location", ""))
+            elif status == 401 and origin == own and not is_answered:
+                is_answered = True
+                self._take_challenge(refused)
+            elif status == 401 and origin != own and origin not in tokens:
+                challenge = auth.choose_challenge(refused.headers.get("www-authenticate", ""))
+                scopes = [challenge.parameters.get("scope", "")]
+                token = self._fetch_token(challenge, scopes, None, registry=parse_url(url))
+                tokens[origin] = f"Bearer {token.value}"
+            else:
+                raise refused
+        raise RegistryError(f"{self._reference}: the registry sends us round in circles")
+
+    def _open(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | _Upload | None
+    ) -> Response:
+        where = parse_url(url)
+        request = Request(
+            method=method,
+            scheme=where.scheme,
+            host=where.host,
+            port=where.port,
+            target=where.target or "/",
+            headers={"host": where.netloc, "user-agent": auth.CLIENT, **headers},
+            body=body,
+            check=self._check,
+        )
+        while True:
+            try:
+                return self._transport.open(request)
+            except StaleConnection:
+                continue  # the next kept connection, or a new one
+
+    def _read(self, answer: _Answer, limit_bytes: int) -> bytes:
+        try:
+            return answer.response.read(limit_bytes)
+        finally:
+            self._transport.finish(answer.response)
+
+    def _refusal(self, method: str, url: str, response: Response) -> _Refused:
+        """Read an error: its codes and messages, and of the URL what can be no secret."""
+        body = b""
+        with suppress(TransportError):
+            body = response.read(ANSWER_LIMIT_BYTES)
+        self._transport.finish(response)
+        parts = urlsplit(url)
+        path = parts.path if parts.path.startswith("/v2/") and not parts.query else ""
+        said = "; ".join(_read_errors(body)) or HTTPStatus(response.status).phrase
+        sentence = f"{method} {parts.hostname}{path}: {response.status}: {said}"
+        return _Refused(sentence, response.status, response.headers)
+
+    def _take_challenge(self, refused: _Refused) -> None:
+        with self._lock:
+            self._challenge = auth.choose_challenge(refused.headers.get("www-authenticate", ""))
+            for scope in self._challenge.parameters.get("scope", "").split():
+                self._scopes[scope] = None
+            self._tokens.clear()
+
+    def _authorization(self) -> str:
+        """Return the header field for the registry, "" before it has asked for one."""
+        with self._lock:
+            challenge, scopes, login = self._challenge, tuple(self._scopes), self._login
+            if login and login.registry_token:
+                return f"Bearer {login.registry_token}"
+            if challenge is None or (challenge.scheme == "basic" and login is None):
+                return ""
+            if challenge.scheme == "basic" and login:
+                return login.basic
+            token = self._tokens.get(scopes)
+            if token is None or time.monotonic() > token.renew_after:
+                assert self._base is not None
+                token = self._fetch_token(challenge, scopes, login, registry=self._base)
+                self._tokens[scopes] = token
+            return f"Bearer {token.value}"
+
+    def _fetch_token(
+        self,
+        challenge: auth.Challenge,
+        scopes: Sequence[str],
+        login: Login | None,
+        *,
+        registry: Url,
+    ) -> Token:
+        refused: _Refused | None = None
+        for asked in auth.build_token_requests(challenge, scopes, login, registry=registry):
+            method = "GET" if asked.form is None else "POST"
+            response = self._open(method, asked.url, asked.headers, asked.form)
+            if response.status == 200:
+                body = self._read(_Answer(response=response, url=asked.url), auth.TOKEN_LIMIT_BYTES)
+                return auth.parse_token(body, now=time.monotonic())
+            refused = self._refusal(method, asked.url, response)
+            if refused.status not in (404, 405):
+                break
+        assert refused is not None
+        raise refused
+
+
+def _read_errors(body: bytes) -> list[str]:
+    """Return what distribution-spec.md has for errors, as far as it is that."""
+    try:
+        errors = json.loads(body)["errors"][:3]
+        found = [f"{error['code']}: {error.get('message', '')}" for error in errors]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return [text[:300] for text in found if text.isprintable()]
