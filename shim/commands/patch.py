@@ -7,25 +7,40 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shim import __version__
 from shim.contract.errors import UsageError
-from shim.frozen import find_program
+from shim.files.exposure import never_exposed
+from shim.frozen import carried_bundle, find_program
+from shim.http.errors import RemoteError
+from shim.http.proxies import Proxies
+from shim.http.transport import Transport
+from shim.http.trust import Trust
 from shim.log.log import Log
 from shim.oci import archive, config, mutate, patcher, reference, streams
+from shim.oci.auth import Login
 from shim.oci.errors import ImageUnsuitable, StorageError
 from shim.oci.layer import read_machine
-from shim.oci.model import Blob, Descriptor, Image, Readable, Source
+from shim.oci.logins import HELPER_SECONDS, find_login, parse_login
+from shim.oci.model import Blob, Descriptor, Image, Readable, Sink, Source
+from shim.oci.registry import Registry
 from shim.process.stopping import Stop
 
-EXIT_CODES = {ImageUnsuitable: 3, StorageError: 5, OSError: 5}
+# The first that fits.
+EXIT_CODES = {ImageUnsuitable: 3, RemoteError: 4, StorageError: 5, OSError: 5}
+WORKERS = 4  # how many layers travel side by side
 BAR_CHARACTERS = 40
-NAMES = "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], or a path"
+NAMES = (
+    "[docker://]HOST/NAME[:TAG], oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], "
+    "or a path"
+)
 
 
 def add_options(verb: str, command: argparse.ArgumentParser) -> None:
@@ -35,6 +50,8 @@ def add_options(verb: str, command: argparse.ArgumentParser) -> None:
     else:
         command.add_argument("source", metavar="SOURCE", help=NAMES)
         command.add_argument("dest", metavar="DEST", help=NAMES)
+    command.add_argument("--insecure", action="store_true", help="also registries without TLS")
+    command.add_argument("--creds", type=_login, metavar="USER:PASSWORD", help="for registries")
     command.add_argument("--platform", type=_platform, metavar="OS/ARCH", help="default: ours")
     if verb != "unpatch":
         command.add_argument("--binary", type=Path, metavar="FILE", help="default: this program")
@@ -53,6 +70,9 @@ def add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--dry-run", action="store_true", help="write nothing, print what would be"
         )
+        command.add_argument(
+            "--format", choices=("auto", "docker", "oci"), default="auto", help="of the manifest"
+        )
         command.add_argument("--force", action="store_true", help="replace another image in DEST")
         command.add_argument("--json", action="store_true", help="print a document")
     command.add_argument("-q", "--quiet", action="store_true", help="say nothing but the result")
@@ -65,21 +85,28 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
     log = Log(style="text")
     run_verb = _verify if arguments.command == "verify" else _rewrite
     try:
-        return run_verb(arguments, stop.check, log)
+        network = _Network(
+            environ=environ,
+            creds=arguments.creds,
+            is_insecure=arguments.insecure,
+            check=stop.check,
+        )
+        return run_verb(arguments, network, log)
     except (*EXIT_CODES,) as error:
         _write(log, str(error))
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
-def _verify(arguments: argparse.Namespace, check: Callable[[], None], log: Log) -> int:
+def _verify(arguments: argparse.Namespace, network: _Network, log: Log) -> int:
     binary = _find_binary(arguments)
-    with archive.open_source(_files(reference.parse_location(arguments.image))) as source:
+    location = reference.parse_location(arguments.image)
+    with _open_source(location, network) as source:
         found = patcher.verify(
-            _Watched(source, check, _Bar(quiet=arguments.quiet)),
+            _Watched(source, network.check, _Bar(quiet=arguments.quiet)),
             platform=arguments.platform or _platform_of(binary),
             binary=binary,
             mode=arguments.mode,
-            docker_only=False,
+            docker_only=location.reference is not None,
         )
     for reason in found:
         _write(log, reason)
@@ -88,22 +115,30 @@ def _verify(arguments: argparse.Namespace, check: Callable[[], None], log: Log) 
     return int(bool(found))
 
 
-def _rewrite(arguments: argparse.Namespace, check: Callable[[], None], log: Log) -> int:
+def _rewrite(arguments: argparse.Namespace, network: _Network, log: Log) -> int:
     """Patch or unpatch."""
     bar = _Bar(quiet=arguments.quiet)
-    location = _files(reference.parse_location(arguments.source))
-    destination = _files(reference.parse_destination(arguments.dest))
-    sink = archive.open_sink(destination)
+    location = reference.parse_location(arguments.source)
+    destination = reference.parse_destination(arguments.dest)
+    is_remote = destination.reference is not None
+    if arguments.format == "docker" and not is_remote:
+        raise UsageError("--format docker: only registries take it; archives always have both")
+    sink: Sink = (
+        network.open(destination.reference)
+        if destination.reference
+        else archive.open_sink(destination)
+    )
     is_archive = isinstance(sink, archive.ArchiveSink)
     target = patcher.Target(
-        family="oci",
+        family="docker" if is_remote and arguments.format != "oci" else "oci",
         plain=is_archive,
         complete=is_archive,
         force=arguments.force,
         dry_run=arguments.dry_run,
+        workers=WORKERS if is_remote else 1,
     )
-    with archive.open_source(location) as opened:
-        source = _Watched(opened, check, bar)
+    with _open_source(location, network) as opened:
+        source = _Watched(opened, network.check, bar)
         if arguments.command == "unpatch":
             platform = arguments.platform or _platform_of(Path(sys.executable))
             outcome = patcher.unpatch(source, sink, platform=platform, target=target)
@@ -136,12 +171,45 @@ def _rewrite(arguments: argparse.Namespace, check: Callable[[], None], log: Log)
     return 0
 
 
-def _files(location: reference.Location) -> reference.Location:
-    if location.kind == reference.REGISTRY:
-        raise UsageError(
-            f"{location.reference} is in a registry; expected a file or directory: {NAMES}"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Network:
+    """What registries are reached with."""
+
+    environ: Mapping[str, str]
+    creds: Login | None
+    is_insecure: bool
+    check: Callable[[], None]
+
+    def open(self, name: reference.Reference) -> Registry:
+        """Return a registry's repository as who its user is there."""
+        login = self.creds or find_login(
+            name.domain, name.repository, environ=self.environ, run_helper=self._run_helper
         )
-    return location
+        trust = Trust(self.environ, carried_bundle=carried_bundle(), exposure=never_exposed)
+        return Registry(
+            name,
+            transport=Transport(
+                proxies=Proxies(self.environ), trust=trust, max_connections=WORKERS
+            ),
+            login=login,
+            insecure=self.is_insecure,
+            check=self.check,
+        )
+
+    def _run_helper(self, argv: list[str], stdin: bytes) -> bytes:
+        done = subprocess.run(
+            argv, input=stdin, env=dict(self.environ), capture_output=True, timeout=HELPER_SECONDS
+        )
+        if done.returncode:  # the reason is on stdout, where else the secret is
+            reason = (done.stdout + done.stderr)[:300].decode(errors="replace").strip()
+            raise OSError(f"{argv[0]} ended with status {done.returncode}: {reason}")
+        return done.stdout
+
+
+def _open_source(location: reference.Location, network: _Network) -> AbstractContextManager[Source]:
+    if location.reference:
+        return nullcontext(network.open(location.reference))
+    return archive.open_source(location)
 
 
 def _find_binary(arguments: argparse.Namespace) -> Path:
@@ -228,6 +296,13 @@ def _pair(text: str) -> tuple[str, str]:
         # What follows may be a secret that was given without its name.
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {len(text)} characters")
     return name, value
+
+
+def _login(text: str) -> Login:
+    try:
+        return parse_login(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class _Bar:

@@ -47,7 +47,9 @@ ACCEPT = ", ".join((*mutate.MANIFESTS, *mutate.INDEXES))
 class _Refused(RegistryError):
     """An answer that is no success; headers: its own."""
 
-    def __init__(self, sentence: str, status: int, headers: Mapping[str, str]) -> None:
+    def __init__(  # noqa: B042 - is neither copied nor pickled
+        self, sentence: str, status: int, headers: Mapping[str, str]
+    ) -> None:
         super().__init__(sentence)
         self.status, self.headers = status, headers
 
