@@ -91,7 +91,7 @@ ensure_oracles() {
 run_tests() {
   local pythons python environment once=()
   pythons=$(interpreters "${CI:+all}")
-  ensure_debian openssl util-linux e2fsprogs mount procps busybox-static gcc libc6-dev musl-tools podman runc skopeo umoci
+  ensure_debian openssl util-linux e2fsprogs mount procps busybox-static gcc libc6-dev musl-tools podman runc skopeo umoci docker-registry
   for python in $pythons; do
     environment=$(ensure_environment "$python" test)
     ensure_oracles "$environment"

@@ -38,8 +38,8 @@ EXIT_CODES = {ImageUnsuitable: 3, RemoteError: 4, StorageError: 5, OSError: 5}
 WORKERS = 4  # how many layers travel side by side
 BAR_CHARACTERS = 40
 NAMES = (
-    "[docker://]HOST/NAME[:TAG], oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], "
-    "or a path"
+    "[docker://]HOST/NAME[:TAG], oci:DIR[:TAG], oci-archive:FILE[:TAG], "
+    "docker-archive:FILE[:NAME], or a path"
 )
 
 

@@ -20,7 +20,7 @@ DEFAULT_TOKEN_SECONDS = 60
 TOKEN_LIMIT_BYTES = 64 << 10
 CLIENT = "sagemaker-shim"
 _PARAMETER = re.compile(r'\s*([A-Za-z0-9_.-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))\s*(?:,|$)')
-_SCHEME = re.compile(r"\s*,*\s*([A-Za-z][A-Za-z0-9-]*)(?:\s+|$)")
+_SCHEME = re.compile(r"\s*,*\s*([A-Za-z][A-Za-z0-9-]*)(?=\s|,|$)\s*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -144,7 +144,7 @@ def _read_entry(entry: Mapping[str, Any], name: str) -> Login | None:
     username, password = entry.get("username") or "", entry.get("password") or ""
     if isinstance(packed := entry.get("auth"), str) and packed:
         try:
-            pair = b64decode(packed + "=" * (-len(packed) % 4)).decode()
+            pair = b64decode(packed + "=" * (-len(packed) % 4), validate=True).decode()
         except ValueError:
             raise RegistryError(f"{name}: its auth is no base64 of USER:PASSWORD") from None
         username, _, password = pair.rstrip("\0").partition(":")

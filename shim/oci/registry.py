@@ -210,7 +210,7 @@ class Registry:
         while True:
             try:
                 return self._place(blob)
-            except TransportError as error:
+            except (_Refused, TransportError) as error:
                 self._pause(attempts, error)
 
     def _place(self, blob: Blob) -> str:
@@ -434,7 +434,8 @@ class Registry:
         with self._lock:
             self._challenge = auth.choose_challenge(refused.headers.get("www-authenticate", ""))
             for scope in self._challenge.parameters.get("scope", "").split():
-                self._scopes[scope] = None
+                if not any(_covers(ours, scope) for ours in self._scopes):
+                    self._scopes[scope] = None
             self._tokens.clear()
 
     def _authorization(self) -> str:
@@ -474,6 +475,12 @@ class Registry:
                 break
         assert refused is not None
         raise refused
+
+
+def _covers(ours: str, scope: str) -> bool:
+    """Say whether who has our scope may do what the other one is for."""
+    (name, _, actions), (other, _, wanted) = ours.rpartition(":"), scope.rpartition(":")
+    return name == other and set(wanted.split(",")) <= set(actions.split(","))
 
 
 def _read_errors(body: bytes) -> list[str]:

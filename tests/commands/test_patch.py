@@ -17,6 +17,7 @@ import pytest
 
 from shim import __version__
 from tests.oci.images import Made, hybrid, sha256, write_layout, write_tar
+from tests.oci.registries import HTPASSWD, LOGIN, needs_registry, serving
 from tests.support import free_port, needs_root, poll
 from tests.test_binary import BUSYBOX, first_child, request
 
@@ -274,3 +275,26 @@ def test_the_binary_puts_itself_into_an_image_that_runs(binary: Path, tmp_path: 
             poll(lambda: request("GET", f"http://127.0.0.1:{port}/ping") == 200)
         finally:
             os.kill(first_child(process.pid), signal.SIGKILL)
+
+
+@needs_registry
+def test_from_registry_to_registry_with_the_logins_of_a_file(fake: Path, tmp_path: Path) -> None:
+    (tmp_path / "htpasswd").write_text(HTPASSWD)
+    auth = f"auth:\n  htpasswd:\n    realm: x\n    path: {tmp_path}/htpasswd\n"
+    base = write_layout(tmp_path / "base", Made(zipped=True))
+    with serving(tmp_path / "registry", rest=auth) as host:
+        login = ["--creds", "alice:pw"]
+        done = run("patch", base, f"{host}/a:1", "--binary", fake, *login)
+        assert 0 == done.returncode, done.stderr
+        done = run("unpatch", f"{host}/a:1", f"{host}/b:1", "--platform", "linux/amd64")
+        assert 4 == done.returncode
+        assert "401" in done.stderr
+        entry = {"auths": {host: {"auth": LOGIN.basic.removeprefix("Basic ")}}}
+        (tmp_path / "config.json").write_text(json.dumps(entry))
+        environ = {**os.environ, "DOCKER_CONFIG": str(tmp_path)}
+        words = [sys.executable, "-m", "shim", "verify", f"{host}/a:1", "--binary", fake]
+        done = subprocess.run([*map(str, words)], cwd=ROOT, env=environ, capture_output=True)
+        assert 0 == done.returncode, done.stderr
+        done = run("verify", f"{host}/a:1", "--binary", fake, "--creds", "alice:wrongpw")
+        assert 4 == done.returncode
+        assert "wrongpw" not in done.stdout + done.stderr
