@@ -50,7 +50,7 @@ def add_options(verb: str, command: argparse.ArgumentParser) -> None:
     else:
         command.add_argument("source", metavar="SOURCE", help=NAMES)
         command.add_argument("dest", metavar="DEST", help=NAMES)
-    command.add_argument("--insecure", action="store_true", help="also registries without TLS")
+    command.add_argument("--insecure", action="store_true", help="registries without TLS too")
     command.add_argument("--creds", type=_login, metavar="USER:PASSWORD", help="for registries")
     command.add_argument("--platform", type=_platform, metavar="OS/ARCH", help="default: ours")
     if verb != "unpatch":
@@ -197,9 +197,16 @@ class _Network:
         )
 
     def _run_helper(self, argv: list[str], stdin: bytes) -> bytes:
-        done = subprocess.run(
-            argv, input=stdin, env=dict(self.environ), capture_output=True, timeout=HELPER_SECONDS
-        )
+        try:
+            done = subprocess.run(
+                argv,
+                input=stdin,
+                env=dict(self.environ),
+                capture_output=True,
+                timeout=HELPER_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{argv[0]} did not end in {HELPER_SECONDS:g} s") from error
         if done.returncode:  # the reason is on stdout, where else the secret is
             reason = (done.stdout + done.stderr)[:300].decode(errors="replace").strip()
             raise OSError(f"{argv[0]} ended with status {done.returncode}: {reason}")

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from http import HTTPStatus
 from typing import Self
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -239,16 +238,16 @@ class Registry:
             self._scopes[f"repository:{repository}:pull"] = None
             query = f"?mount={blob.descriptor.digest}&from={quote(repository)}"
             with suppress(_Refused):
-                answer = self._ask("POST", f"blobs/uploads/{query}")
+                answer = self._ask("POST", f"blobs/uploads/{query}", body=b"")
                 self._read(answer, ANSWER_LIMIT_BYTES)
                 return None if answer.response.status == 201 else self._location(answer)
-        answer = self._ask("POST", "blobs/uploads/")
+        answer = self._ask("POST", "blobs/uploads/", body=b"")
         self._read(answer, ANSWER_LIMIT_BYTES)
         return self._location(answer)
 
     def _put_chunks(self, blob: Blob) -> _Answer:
         """Upload in parts, the last of which comes with the digest."""
-        answer = self._ask("POST", "blobs/uploads/")
+        answer = self._ask("POST", "blobs/uploads/", body=b"")
         self._read(answer, ANSWER_LIMIT_BYTES)
         least = answer.headers.get("oci-chunk-min-length", "")
         step = max(CHUNK_BYTES, int(least) if least.isdecimal() else 0)
@@ -313,11 +312,9 @@ class Registry:
             answer.read(ANSWER_LIMIT_BYTES)
             self._transport.finish(answer)
             return secure
-        except CertificateError:
-            if not self._insecure:
-                raise
-        except TransportError:
-            if not (self._insecure or auth.is_local(secure.host)):
+        except TransportError as error:
+            is_allowed = self._insecure or auth.is_local(secure.host)
+            if isinstance(error, CertificateError) or not is_allowed:
                 raise
         return parse_url(f"http://{server}")
 
@@ -370,7 +367,10 @@ class Registry:
         own, tokens = self._find_base(), dict[Url, str]()
         is_answered = False
         for _ in range(MOST_REDIRECTS + 2):
-            origin = replace(parse_url(url), target="")
+            try:
+                origin = replace(parse_url(url), target="")
+            except ValueError:
+                raise RegistryError(f"{own.netloc} redirects to what is no URL") from None
             login = self._authorization() if origin == own else tokens.get(origin, "")
             fields = {**headers, "authorization": login} if login else headers
             response = self._open(method, url, fields, body)
@@ -426,7 +426,7 @@ class Registry:
         self._transport.finish(response)
         parts = urlsplit(url)
         path = parts.path if parts.path.startswith("/v2/") and not parts.query else ""
-        said = "; ".join(_read_errors(body)) or HTTPStatus(response.status).phrase
+        said = "; ".join(_read_errors(body)) or response.reason
         sentence = f"{method} {parts.hostname}{path}: {response.status}: {said}"
         return _Refused(sentence, response.status, response.headers)
 
