@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -80,7 +80,7 @@ def _accepts(port: int) -> bool:
 
 
 @contextmanager
-def _running(argv: list[str], port: int, log: Path) -> Iterator[None]:
+def running(argv: list[str], port: int, log: Path) -> Iterator[None]:
     with log.open("wb") as output:
         # In our session: tests that end what a task left in other sessions must not end it.
         process = subprocess.Popen(argv, stdout=output, stderr=output)
@@ -115,7 +115,7 @@ def rclone_server(directory: Path, *, tls: bool = False) -> Iterator[S3Server]:
         certificate, key = make_certificate(directory)
         argv += ["--cert", str(certificate), "--key", str(key)]
     scheme = "https" if tls else "http"
-    with _running([*argv, str(root)], port, directory / "rclone.log"):
+    with running([*argv, str(root)], port, directory / "rclone.log"):
         yield S3Server(url=f"{scheme}://{address}", root=root, ca_bundle=certificate)
 
 
@@ -124,15 +124,18 @@ def moto_server(directory: Path) -> Iterator[S3Server]:
     """Serve AWS as moto imitates it: also STS and instance metadata; no signature is verified."""
     port = free_port()
     argv = [find_program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    with _running(argv, port, directory / "moto.log"):
+    with running(argv, port, directory / "moto.log"):
         yield S3Server(url=f"http://127.0.0.1:{port}")
 
 
-def make_certificate(directory: Path) -> tuple[Path, Path]:
+EC_KEY = ("ec", "-pkeyopt", "ec_paramgen_curve:P-256")
+
+
+def make_certificate(directory: Path, *, key_form: Sequence[str] = EC_KEY) -> tuple[Path, Path]:
     """Make a self-signed certificate for 127.0.0.1 and localhost; return it and its key."""
     certificate, key = directory / "certificate.pem", directory / "key.pem"
     if not certificate.exists():
-        argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+        argv = ["openssl", "req", "-x509", "-newkey", *key_form]
         argv += ["-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
         names = "IP:127.0.0.1,DNS:localhost,DNS:s3.example.test"
         argv += [f"subjectAltName={names}", "-keyout", str(key)]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from shim import __version__
-from tests.oci.images import Made, hybrid, sha256, write_layout, write_tar
+from tests.oci.images import Made, hybrid, sha256, write_binary, write_layout, write_tar
 from tests.oci.registries import HTPASSWD, LOGIN, needs_registry, serving
 from tests.support import free_port, needs_root, poll
 from tests.test_binary import BUSYBOX, first_child, request
@@ -29,9 +29,7 @@ needs_umoci = pytest.mark.skipif(not shutil.which("umoci"), reason="needs the De
 @pytest.fixture
 def fake(tmp_path: Path) -> Path:
     """What could be the binary, as far as its header goes."""
-    path = tmp_path / "fake"
-    path.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\x3e\x00" + b"the binary" * 7000)
-    return path
+    return write_binary(tmp_path / "fake")
 
 
 @pytest.fixture

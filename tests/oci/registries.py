@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,8 @@ from shim.http.trust import Trust
 from shim.oci.auth import Login
 from shim.oci.reference import parse_reference
 from shim.oci.registry import Registry
-from tests.support import free_port, poll
+from tests.s3_servers import running
+from tests.support import free_port
 
 needs_registry = pytest.mark.skipif(
     not shutil.which("docker-registry"), reason="needs the Debian package docker-registry"
@@ -36,23 +36,9 @@ def serving(directory: Path, *, http: str = "", rest: str = "") -> Iterator[str]
         f"    rootdirectory: {directory}/data\n  delete:\n    enabled: true\n"
         f"http:\n  addr: 127.0.0.1:{port}\n{http}{rest}"
     )
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["docker-registry", "serve", directory / "config.yml"], stdout=log, stderr=log
-        )
-    try:
-        poll(lambda: is_open(port))
+    argv = ["docker-registry", "serve", str(directory / "config.yml")]
+    with running(argv, port, directory / "log"):
         yield f"127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def is_open(port: int) -> bool:
-    import socket
-
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def make_transport(**environ: str) -> Transport:

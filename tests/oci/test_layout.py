@@ -128,13 +128,6 @@ def test_an_index_that_is_damaged_is_not_replaced(tmp_path: Path) -> None:
         sink.current_digest()
 
 
-@pytest.fixture
-def binary(tmp_path: Path) -> Path:
-    path = tmp_path / "shim"
-    path.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\x3e\x00" + b"the binary" * 7000)
-    return path
-
-
 @needs("skopeo")
 @pytest.mark.parametrize("zipped", [False, True])
 def test_archives_of_layouts_come_and_go(zipped: bool, tmp_path: Path, binary: Path) -> None:

@@ -27,13 +27,6 @@ def needs(tool: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not shutil.which(tool), reason=f"{tool} is not installed")
 
 
-@pytest.fixture
-def binary(tmp_path: Path) -> Path:
-    path = tmp_path / "shim"
-    path.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\x3e\x00" + b"the binary" * 7000)
-    return path
-
-
 def target_of(dest: str, **changed: Any) -> Target:
     location = parse_destination(dest)
     is_file = location.kind.endswith("archive") or dest.endswith((".tar", ".tar.gz", ".tgz"))

@@ -35,6 +35,7 @@ from tests.oci.registries import (
     open_registry,
     serving,
 )
+from tests.s3_servers import make_certificate
 
 pytestmark = [
     needs_registry,
@@ -55,13 +56,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     auth = f'auth:\n  htpasswd:\n    realm: "a realm, with comma"\n    path: {directory}/htpasswd\n'
     with serving(directory, http="  relativeurls: true\n", rest=auth) as host:
         yield host
-
-
-@pytest.fixture
-def binary(tmp_path: Path) -> Path:
-    path = tmp_path / "shim"
-    path.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\x3e\x00" + b"the binary" * 7000)
-    return path
 
 
 def patched(source: Source, sink: Sink, binary: Path, **changed: object) -> Outcome:
@@ -183,21 +177,6 @@ def test_an_image_that_is_missing_is_named(registry: str) -> None:
 
 # Behind a token server
 
-SUBJECT = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-
-
-def make_certificate(directory: Path) -> tuple[Path, Path]:
-    """Return a certificate and its key."""
-    directory.mkdir(parents=True, exist_ok=True)
-    certificate, key = directory / "cert.pem", directory / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *SUBJECT]
-        + ["-keyout", key, "-out", certificate],
-        check=True,
-        capture_output=True,
-    )
-    return certificate, key
-
 
 def encode_part(data: bytes) -> bytes:
     return base64.urlsafe_b64encode(data).rstrip(b"=")
@@ -250,14 +229,15 @@ class TokenServer(BaseHTTPRequestHandler):
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
     """Yield the registry and the token server, whose `asked` are (method, scopes)."""
     directory = tmp_path_factory.mktemp("token")
-    with ThreadingHTTPServer(("127.0.0.1", 0), TokenServer) as server:
-        server.asked = []  # type: ignore[attr-defined]
-        server.certificate, server.key = make_certificate(directory)  # type: ignore[attr-defined]
+    with ThreadingHTTPServer(("127.0.0.1", 0), TokenServer) as running:
+        server: Any = running
+        server.asked = []
+        server.certificate, server.key = make_certificate(directory, key_form=["rsa:2048"])
         threading.Thread(target=server.serve_forever, daemon=True).start()
         auth = (
             f"auth:\n  token:\n    realm: http://127.0.0.1:{server.server_port}/token\n"
             f"    service: tests\n    issuer: tests\n"
-            f"    rootcertbundle: {directory}/cert.pem\n"
+            f"    rootcertbundle: {server.certificate}\n"
         )
         with serving(directory / "registry", rest=auth) as host:
             yield host, server
