@@ -251,7 +251,6 @@ class ArchiveSink:
         self._path, self._name, self._docker = path, name, docker
         self._partial = path.with_name(f".{path.name[:64]}.{secrets.token_hex(4)}")
         self._placed: set[str] = set()
-        self._current: str | None = None
         self._write: Callable[[bytes], object] = len
         self._finish: Callable[[], object] = int
         self._files, self._lock = ExitStack(), Lock()
@@ -281,8 +280,7 @@ class ArchiveSink:
                 digests = {str(entry.get("digest")) for entry in layout.entries_of(index)}
         except (ImageUnsuitable, StorageError):
             return "something else"
-        self._current = digests.pop() if len(digests) == 1 else "something else"
-        return self._current
+        return digests.pop() if len(digests) == 1 else "something else"
 
     def place(self, blob: Blob) -> str:
         """Append a blob unless it is there."""
@@ -300,12 +298,12 @@ class ArchiveSink:
             with streams.storage_errors(self._path):  # an error of the source's is another
                 self._write(piece)
 
-    def commit(self, image: Image) -> str:
-        """Write the documents and give the file its name, unless this image has it already."""
-        manifest = streams.document_blob(image.manifest_bytes, image.media_type)
-        if (digest := manifest.descriptor.digest) == self._current:
-            return f"{self._path}@{digest}"
-        self.place(manifest)
+    def reference(self, digest: str) -> str:
+        return f"{self._path}@{digest}"
+
+    def commit(self, image: Image) -> None:
+        """Write the documents and give the file its name."""
+        self.place(streams.document_blob(image.manifest_bytes, image.media_type))
         names = (self._name,) if self._name else image.names
         entries = [layout.index_entry(image, self._annotations(name)) for name in names or ("",)]
         index = {"schemaVersion": 2, "mediaType": mutate.OCI_INDEX, "manifests": entries}
@@ -318,7 +316,6 @@ class ArchiveSink:
             self._write(tar.END)
             self._finish()
             os.replace(self._partial, self._path)
-        return f"{self._path}@{digest}"
 
     def _annotations(self, name: str) -> dict[str, str]:
         if not name or not self._docker and name == self._name:

@@ -175,12 +175,11 @@ class LayoutSink:
         self._write(path, blob.open(0))
         return "written"
 
-    def commit(self, image: Image) -> str:
-        """Write the manifest, then let index.json name it, unless it does."""
-        manifest = streams.document_blob(image.manifest_bytes, image.media_type)
-        reference = f"oci:{self._root}:{self._name}@{manifest.descriptor.digest}"
-        if self.current_digest() == manifest.descriptor.digest:
-            return reference
+    def reference(self, digest: str) -> str:
+        return f"oci:{self._root}:{self._name}@{digest}"
+
+    def commit(self, image: Image) -> None:
+        """Write the manifest, then let index.json name it."""
         index = self._index()
         kept = [
             entry
@@ -189,12 +188,11 @@ class LayoutSink:
         ]
         entry = index_entry(image, {REF_NAME: self._name})
         body = gojson.dumps({**index, "manifests": [*kept, entry]})
-        self.place(manifest)
+        self.place(streams.document_blob(image.manifest_bytes, image.media_type))
         if not (self._root / LAYOUT_MARKER).exists():
             self._write(self._root / LAYOUT_MARKER, streams.PieceReader(iter([LAYOUT_VERSION])))
         self._write(self._root / INDEX, streams.PieceReader(iter([body])))
         self._undo = []
-        return reference
 
     def _write(self, path: Path, stream: Readable) -> None:
         """Write a file that takes its name when it is complete."""

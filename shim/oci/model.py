@@ -81,5 +81,8 @@ class Sink(Protocol):
     def place(self, blob: Blob) -> str:
         """Make sure that the blob is there; return "exists", "mounted" or "written"."""
 
-    def commit(self, image: Image) -> str:
-        """Publish the manifest when all blobs are there; return a reference with its digest."""
+    def commit(self, image: Image) -> None:
+        """Publish the manifest, when all blobs are there, and let the name be this image's."""
+
+    def reference(self, digest: str) -> str:
+        """Return what the image of a digest is called here."""

@@ -218,7 +218,8 @@ def _write(
             if there != digest:
                 local = [blob for blob in blobs if not mutate.is_foreign(blob.descriptor)]
                 sizes = _place([*local, config_blob], sink, target.workers, report)
-            reference = sink.commit(image)
+                sink.commit(image)
+            reference = sink.reference(digest)
     recorded = configs.labels_of(source.config).get(configs.BASE_LABEL)
     return Outcome(
         reference=reference,

@@ -276,21 +276,22 @@ class Registry:
             raise RegistryError(f"{base.netloc} names no location for an upload") from None
         return url
 
-    def commit(self, image: Image) -> str:
-        """Put the manifest under the tag; return the reference by digest."""
-        descriptor = describe([image.manifest_bytes], image.media_type)
-        if self.current_digest() != descriptor.digest:
-            answer = self._ask(
-                "PUT",
-                f"manifests/{self._reference.identifier}",
-                {"content-type": image.media_type},
-                image.manifest_bytes,
-            )
-            self._read(answer, ANSWER_LIMIT_BYTES)
-            told = answer.headers.get("docker-content-digest", descriptor.digest)
-            if told != descriptor.digest:
-                raise RegistryError(f"{self._reference}: the registry made {told} of the manifest")
-        return self._reference.with_digest(descriptor.digest)
+    def reference(self, digest: str) -> str:
+        return self._reference.with_digest(digest)
+
+    def commit(self, image: Image) -> None:
+        """Put the manifest under the tag."""
+        digest = describe([image.manifest_bytes], image.media_type).digest
+        answer = self._ask(
+            "PUT",
+            f"manifests/{self._reference.identifier}",
+            {"content-type": image.media_type},
+            image.manifest_bytes,
+        )
+        self._read(answer, ANSWER_LIMIT_BYTES)
+        told = answer.headers.get("docker-content-digest", digest)
+        if told != digest:
+            raise RegistryError(f"{self._reference}: the registry made {told} of the manifest")
 
     # One round trip
 
