@@ -13,7 +13,7 @@ from shim.contract.errors import UsageError
 from shim.oci import gojson, streams
 from shim.oci.errors import ImageUnsuitable, StorageError
 from shim.oci.model import Blob, Descriptor, Image, Readable
-from shim.oci.mutate import config_of, resolve_manifest
+from shim.oci.mutate import load_image, resolve_manifest
 from shim.oci.reference import parse_reference
 
 LAYOUT_MARKER, INDEX = "oci-layout", "index.json"
@@ -63,12 +63,12 @@ def names_of(annotations: object) -> list[str]:
 
 def file_blob(files: Files, path: str, descriptor: Descriptor) -> Blob:
     """Return the blob that is in a file."""
-
-    def open_(offset: int) -> Readable:
-        stream = files.open(path, offset)
-        return stream if offset else streams.VerifiedReader(stream, descriptor, name=files.name)
-
-    return Blob(descriptor=descriptor, open=open_, position=files.position(path))
+    return streams.verified_blob(
+        descriptor,
+        lambda offset: files.open(path, offset),
+        name=files.name,
+        position=files.position(path),
+    )
 
 
 def entries_of(index: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -101,16 +101,9 @@ class LayoutSource:
         index = gojson.loads(body, name=INDEX)
         chosen = self._choose(index)
         narrowed = gojson.dumps({**index, "manifests": chosen})
-        body, manifest, media_type = resolve_manifest(
-            narrowed, "", self.read, os_name=os_name, architecture=architecture
-        )
-        config = self.read(config_of(manifest))
-        return Image(
-            manifest_bytes=body,
-            config_bytes=config,
-            manifest=manifest,
-            config=gojson.loads(config, name="The configuration"),
-            media_type=media_type,
+        return load_image(
+            resolve_manifest(narrowed, "", self.read, os_name=os_name, architecture=architecture),
+            self.read,
             names=tuple(sorted(_full_names(chosen))),
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from shim.oci import gojson
 from shim.oci.errors import ImageUnsuitable
-from shim.oci.model import Descriptor
+from shim.oci.model import Descriptor, Image
 from shim.oci.reference import is_digest
 
 OCI, DOCKER = "oci", "docker"
@@ -134,6 +134,25 @@ def resolve_manifest(
         child = select_child(document, os_name=os_name, architecture=architecture)
         body, hint = read(child), child.media_type
     raise ImageUnsuitable(f"Indexes are nested more than {_MAX_NESTING} deep")
+
+
+def load_image(
+    resolved: tuple[bytes, dict[str, Any], str],
+    read: Callable[[Descriptor], bytes],
+    *,
+    names: tuple[str, ...],
+) -> Image:
+    """Return the image of what resolve_manifest() returned; read(): as there."""
+    body, manifest, media_type = resolved
+    config_body = read(config_of(manifest))
+    return Image(
+        manifest_bytes=body,
+        config_bytes=config_body,
+        manifest=manifest,
+        config=gojson.loads(config_body, name="The configuration"),
+        media_type=media_type,
+        names=names,
+    )
 
 
 def select_child(index: Mapping[str, Any], *, os_name: str, architecture: str) -> Descriptor:

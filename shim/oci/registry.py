@@ -23,18 +23,18 @@ from shim.http.connection import Request, Response
 from shim.http.errors import CertificateError, RemoteError, StaleConnection, TransportError
 from shim.http.transport import Transport
 from shim.http.urls import Url, parse_url
-from shim.oci import auth, gojson, mutate
+from shim.oci import auth, mutate
 from shim.oci.auth import Login, Token
-from shim.oci.errors import ImageUnsuitable, RegistryError
-from shim.oci.model import Blob, Descriptor, Image, Readable
+from shim.oci.errors import RegistryError
+from shim.oci.gojson import MAX_DOCUMENT_BYTES
+from shim.oci.model import Blob, Descriptor, Image
 from shim.oci.reference import Reference
-from shim.oci.streams import PieceReader, VerifiedReader, describe, pieces
+from shim.oci.streams import PieceReader, describe, read_document, verified_blob
 
 MOST_ATTEMPTS = 4
 MOST_REDIRECTS = 5
 MOST_RESUMES = 20
 ANSWER_LIMIT_BYTES = 64 << 10
-DOCUMENT_LIMIT_BYTES = 4 << 20
 CHUNK_BYTES = 4 << 20  # GHCR refuses larger ones
 BLOCK_BYTES = 1 << 18
 RETRIED = (408, 429, 499, 500, 502, 503, 504, 522)
@@ -117,48 +117,36 @@ class Registry:
     def load(self, os_name: str, architecture: str) -> Image:
         """Get the manifest and the configuration of the image for a platform."""
         body, hint = self._manifest(self._reference.identifier)
-        body, manifest, media_type = mutate.resolve_manifest(
-            body, hint, self._child, os_name=os_name, architecture=architecture
+        resolved = mutate.resolve_manifest(
+            body,
+            hint,
+            lambda child: self._manifest(child.digest)[0],
+            os_name=os_name,
+            architecture=architecture,
         )
-        config_body = self._document(mutate.config_of(manifest))
-        return Image(
-            manifest_bytes=body,
-            config_bytes=config_body,
-            manifest=manifest,
-            config=gojson.loads(config_body, name="The configuration"),
-            media_type=media_type,
-            names=(str(self._reference),) if self._reference.tag else (),
-        )
+        names = (str(self._reference),) if self._reference.tag else ()
+        return mutate.load_image(resolved, self._document, names=names)
 
     def blob(self, descriptor: Descriptor) -> Blob:
         """Return a blob that is downloaded when it is opened."""
-
-        def open_(offset: int) -> Readable:
-            stream = PieceReader(self._pieces(descriptor, offset))
-            if offset:
-                return stream
-            return VerifiedReader(stream, descriptor, name=self._reference.name)
-
-        origin = (self._reference.registry, self._reference.repository)
-        return Blob(descriptor=descriptor, open=open_, origin=origin)
+        return verified_blob(
+            descriptor,
+            lambda offset: PieceReader(self._pieces(descriptor, offset)),
+            name=self._reference.name,
+            origin=(self._reference.registry, self._reference.repository),
+        )
 
     def _manifest(self, identifier: str) -> tuple[bytes, str]:
         answer = self._ask("GET", f"manifests/{identifier}", {"accept": ACCEPT})
-        body = self._read(answer, DOCUMENT_LIMIT_BYTES)
+        body = self._read(answer, MAX_DOCUMENT_BYTES)
         digests = {identifier, answer.headers.get("docker-content-digest", "")}
         for expected in digests:
             if expected.startswith("sha256:") and describe([body], "").digest != expected:
                 raise RegistryError(f"{self._reference}: the manifest is not that of {expected}")
         return body, answer.headers.get("content-type", "").partition(";")[0].strip()
 
-    def _child(self, descriptor: Descriptor) -> bytes:
-        body, _ = self._manifest(descriptor.digest)
-        return body
-
     def _document(self, descriptor: Descriptor) -> bytes:
-        if descriptor.size_bytes > DOCUMENT_LIMIT_BYTES:
-            raise ImageUnsuitable(f"{self._reference}: its configuration is longer than 4 MiB")
-        return b"".join(pieces(self.blob(descriptor).open(0)))
+        return read_document(self.blob(descriptor).open(0), name=descriptor.digest)
 
     def _pieces(self, descriptor: Descriptor, offset: int) -> Iterator[bytes]:
         """Yield a blob from the offset on, taken up again where it breaks off."""

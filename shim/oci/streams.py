@@ -147,16 +147,30 @@ def decompressed(data: Iterable[bytes]) -> Iterator[bytes]:
         raise StorageError("A gzip stream ends too early")
 
 
-def generated_blob(generate: Callable[[], Iterator[bytes]], media_type: str, *, name: str) -> Blob:
-    """Return a blob that is made anew for every reader, and never held: twice the work, no copy."""
-    descriptor = describe(generate(), media_type)
+def verified_blob(
+    descriptor: Descriptor,
+    open_at: Callable[[int], Readable],
+    *,
+    name: str,
+    position: int = 0,
+    origin: tuple[str, str] | None = None,
+) -> Blob:
+    """Return a blob that is verified where it is read from its start; open_at(offset)."""
 
     def open_(offset: int) -> Readable:
-        if offset:
-            return PieceReader(generate(), skip_bytes=offset)
-        return VerifiedReader(PieceReader(generate()), descriptor, name=name)
+        stream = open_at(offset)
+        return stream if offset else VerifiedReader(stream, descriptor, name=name)
 
-    return Blob(descriptor=descriptor, open=open_)
+    return Blob(descriptor=descriptor, open=open_, origin=origin, position=position)
+
+
+def generated_blob(generate: Callable[[], Iterator[bytes]], media_type: str, *, name: str) -> Blob:
+    """Return a blob that is made anew for every reader, and never held: twice the work, no copy."""
+    return verified_blob(
+        describe(generate(), media_type),
+        lambda offset: PieceReader(generate(), skip_bytes=offset),
+        name=name,
+    )
 
 
 def gzip_blob(blob: Blob, media_type: str) -> Blob:
