@@ -10,10 +10,19 @@ from collections.abc import Callable
 from shim.http.errors import TransportError
 
 TICK_SECONDS = 1.0
+SLICE_SECONDS = 0.25  # of a wait in which nothing else would tell of a stop
 
 
 def unchecked() -> None:
     """Let it go on."""
+
+
+def pause(seconds: float, check: Callable[[], None], sleep: Callable[[float], None]) -> None:
+    """Wait, unless the caller ends it before."""
+    while seconds > 0:
+        check()
+        sleep(min(seconds, SLICE_SECONDS))
+        seconds -= SLICE_SECONDS
 
 
 class SocketStream:

@@ -21,7 +21,7 @@ from urllib.request import BaseHandler, OpenerDirector
 from shim.http.connection import CONNECT_SECONDS, Connection, Request, Response, State
 from shim.http.errors import CertificateError, StaleConnection, TransportError
 from shim.http.proxies import Proxies, Proxy
-from shim.http.stream import SocketStream
+from shim.http.stream import SLICE_SECONDS, SocketStream
 from shim.http.tls import TlsStream
 from shim.http.trust import Trust
 from shim.http.urls import parse_url
@@ -29,7 +29,6 @@ from shim.http.urls import parse_url
 RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and changes them
 KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
 FETCH_LIMIT_BYTES = 1 << 20
-SLICE_SECONDS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +90,26 @@ class Transport:
         proxied: bool,
     ) -> FetchResponse:
         """Make one small request, without retries; TransportError without a whole answer."""
+        response = self.ask(
+            method,
+            url,
+            headers,
+            body=body,
+            connect_seconds=min(CONNECT_SECONDS, timeout_seconds),
+            read_seconds=timeout_seconds,
+            proxied=proxied,
+        )
+        try:
+            content = response.read(FETCH_LIMIT_BYTES)
+        finally:
+            self.finish(response)
+        return FetchResponse(status=response.status, headers=response.headers, body=content)
+
+    def ask(self, method: str, url: str, headers: Mapping[str, str], **options: Any) -> Response:
+        """Open a URL as open() does; a kept connection that is stale is passed over.
+
+        options: those of Request, such as body and check. ValueError: what is no URL.
+        """
         parts = parse_url(url)
         target = parts.target if parts.target.startswith("/") else f"/{parts.target}"
         fields = {name.lower(): value for name, value in headers.items()}
@@ -101,22 +120,13 @@ class Transport:
             port=parts.port,
             target=target,
             headers={"host": parts.netloc} | fields,
-            body=body,
-            connect_seconds=min(CONNECT_SECONDS, timeout_seconds),
-            read_seconds=timeout_seconds,
-            proxied=proxied,
+            **options,
         )
         while True:
             try:
-                response = self.open(request)
-                break
+                return self.open(request)
             except StaleConnection:
                 continue  # the next kept connection, or a new one
-        try:
-            content = response.read(FETCH_LIMIT_BYTES)
-        finally:
-            self.finish(response)
-        return FetchResponse(status=response.status, headers=response.headers, body=content)
 
     def _exchange(self, request: Request) -> Response:
         proxy = self._proxy(request) if request.proxied else None

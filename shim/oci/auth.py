@@ -10,6 +10,7 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import quote, urlencode
 
@@ -99,16 +100,19 @@ def build_token_requests(
         form = {"grant_type": "refresh_token", "refresh_token": login.identity_token, **named}
         form |= {"client_id": CLIENT, "scope": " ".join(scopes)}
         headers = {"content-type": "application/x-www-form-urlencoded"}
-        requests.append(
-            TokenRequest(url=realm, headers=headers, form=urlencode(form).encode())
-        )  # fmt: skip
+        form_body = urlencode(form).encode()
+        requests.append(TokenRequest(url=realm, headers=headers, form=form_body))
     query = urlencode([*named.items(), *(("scope", scope) for scope in scopes)], quote_via=quote)
     if login and login.username:
         query += f"&account={quote(login.username, safe='')}"
     headers = {"authorization": login.basic} if login and login.username else {}
-    joined = f"{realm}{'&' if '?' in realm else '?'}{query}"
-    requests.append(TokenRequest(url=joined, headers=headers))
+    requests.append(TokenRequest(url=add_query(realm, query), headers=headers))
     return requests
+
+
+def add_query(url: str, query: str) -> str:
+    """Return a URL with more of a query; what it has stays as it is, for it may be signed."""
+    return f"{url}{'&' if '?' in url else '?'}{query}"
 
 
 def _check_realm(realm: str, registry: Url) -> None:
@@ -125,18 +129,22 @@ def _check_realm(realm: str, registry: Url) -> None:
 
 def is_private(host: str) -> bool:
     """Say whether a host is an address that is not of the internet, or a name of this machine."""
-    try:
-        return not ipaddress.ip_address(host).is_global
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    address = _find_address(host)
+    return address is not None and not address.is_global
 
 
 def is_local(host: str) -> bool:
     """Say whether a registry may be spoken to over plain HTTP without being told so."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+    address = _find_address(host)
+    return address is not None and address.is_loopback
+
+
+def _find_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address that a host is, by a name of this machine too; None for other names."""
+    is_ours = host == "localhost" or host.endswith(".localhost")
+    with suppress(ValueError):
+        return ipaddress.ip_address("127.0.0.1" if is_ours else host)
+    return None
 
 
 def parse_token(body: bytes, *, now: float) -> Token:

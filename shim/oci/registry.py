@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 from shim.http.attempts import Attempts, Policy, delay_seconds
-from shim.http.connection import Request, Response
-from shim.http.errors import CertificateError, RemoteError, StaleConnection, TransportError
+from shim.http.connection import Response
+from shim.http.errors import CertificateError, TransportError
+from shim.http.stream import pause
 from shim.http.transport import Transport
 from shim.http.urls import Url, parse_url
 from shim.oci import auth, mutate
@@ -39,8 +40,10 @@ CHUNK_BYTES = 4 << 20  # GHCR refuses larger ones
 BLOCK_BYTES = 1 << 18
 RETRIED = (408, 429, 499, 500, 502, 503, 504, 522)
 REDIRECTS = (301, 302, 303, 307, 308)
-POLICIES = {"answer": Policy(base_seconds=1.0), "transport": Policy(base_seconds=1.0)}
+KIND, POLICY = "failed", Policy(base_seconds=1.0)  # all failures are alike
 ACCEPT = ", ".join((*mutate.MANIFESTS, *mutate.INDEXES))
+
+T = TypeVar("T")
 
 
 class _Refused(RegistryError):
@@ -137,8 +140,8 @@ class Registry:
         )
 
     def _manifest(self, identifier: str) -> tuple[bytes, str]:
-        answer = self._ask("GET", f"manifests/{identifier}", {"accept": ACCEPT})
-        body = self._read(answer, MAX_DOCUMENT_BYTES)
+        answer = self._ask_again("GET", f"manifests/{identifier}", {"accept": ACCEPT})
+        body = self._read(answer.response, MAX_DOCUMENT_BYTES)
         digests = {identifier, answer.headers.get("docker-content-digest", "")}
         for expected in digests:
             if expected.startswith("sha256:") and describe([body], "").digest != expected:
@@ -153,10 +156,10 @@ class Registry:
         breaks = 0
         while offset < descriptor.size_bytes:
             ranges = {"range": f"bytes={offset}-"} if offset else {}
-            answer = self._ask("GET", f"blobs/{descriptor.digest}", ranges)
+            response = self._ask_again("GET", f"blobs/{descriptor.digest}", ranges).response
             try:
-                skipped = 0 if answer.response.status == 206 else offset
-                while piece := bytes(answer.response.receive(BLOCK_BYTES)):
+                skipped = 0 if response.status == 206 else offset
+                while piece := bytes(response.receive(BLOCK_BYTES)):
                     self._check()
                     kept, skipped = piece[skipped:], max(0, skipped - len(piece))
                     offset += len(kept)
@@ -168,7 +171,7 @@ class Registry:
                 if breaks > MOST_RESUMES:
                     raise
             finally:
-                self._transport.finish(answer.response)
+                self._transport.finish(response)
 
     # What is written
 
@@ -183,40 +186,36 @@ class Registry:
         """Return the digest that the tag has."""
         headers = {"accept": ACCEPT}
         try:
-            answer = self._ask("HEAD", f"manifests/{self._reference.identifier}", headers)
+            answer = self._ask_again("HEAD", f"manifests/{self._reference.identifier}", headers)
         except _Refused as refused:
             if refused.status in (404, 401, 403):
                 return None
             raise
-        self._read(answer, ANSWER_LIMIT_BYTES)
+        self._read(answer.response, ANSWER_LIMIT_BYTES)
         return answer.headers.get("docker-content-digest")
 
     def place(self, blob: Blob) -> str:
         """Upload a blob, unless it is there or can be mounted."""
-        attempts = Attempts(POLICIES, most=MOST_ATTEMPTS)
-        while True:
-            try:
-                return self._place(blob)
-            except (_Refused, TransportError) as error:
-                self._pause(attempts, error)
+        return self._repeat(lambda: self._place(blob))
 
     def _place(self, blob: Blob) -> str:
-        digest = blob.descriptor.digest
-        with suppress(_Refused):
-            self._read(self._ask("HEAD", f"blobs/{digest}"), ANSWER_LIMIT_BYTES)
+        try:
+            self._do("HEAD", f"blobs/{blob.descriptor.digest}")
             return "exists"
+        except _Refused as refused:
+            if refused.status in RETRIED:
+                raise
         location = self._begin(blob)
         if location is None:
             return "mounted"
-        query = f"{'&' if '?' in location else '?'}digest={quote(digest, safe=':')}"
-        size = blob.descriptor.size_bytes
+        digest, size = blob.descriptor.digest, blob.descriptor.size_bytes
         try:
-            answer = self._ask("PUT", location + query, body=_Upload(blob, 0, size))
+            url = auth.add_query(location, f"digest={digest}")
+            self._do("PUT", url, body=_Upload(blob, 0, size))
         except _Refused as refused:
             if refused.status not in (405, 411, 413, 415, 416):
                 raise
-            answer = self._put_chunks(blob)
-        self._read(answer, ANSWER_LIMIT_BYTES)
+            self._put_chunks(blob)
         return "written"
 
     def _begin(self, blob: Blob) -> str | None:
@@ -226,31 +225,25 @@ class Registry:
             self._scopes[f"repository:{repository}:pull"] = None
             query = f"?mount={blob.descriptor.digest}&from={quote(repository)}"
             with suppress(_Refused):
-                answer = self._ask("POST", f"blobs/uploads/{query}", body=b"")
-                self._read(answer, ANSWER_LIMIT_BYTES)
+                answer = self._do("POST", f"blobs/uploads/{query}", body=b"")
                 return None if answer.response.status == 201 else self._location(answer)
-        answer = self._ask("POST", "blobs/uploads/", body=b"")
-        self._read(answer, ANSWER_LIMIT_BYTES)
-        return self._location(answer)
+        return self._location(self._do("POST", "blobs/uploads/", body=b""))
 
-    def _put_chunks(self, blob: Blob) -> _Answer:
+    def _put_chunks(self, blob: Blob) -> None:
         """Upload in parts, the last of which comes with the digest."""
-        answer = self._ask("POST", "blobs/uploads/", body=b"")
-        self._read(answer, ANSWER_LIMIT_BYTES)
+        answer = self._do("POST", "blobs/uploads/", body=b"")
         least = answer.headers.get("oci-chunk-min-length", "")
         step = max(CHUNK_BYTES, int(least) if least.isdecimal() else 0)
         size, start = blob.descriptor.size_bytes, 0
-        while True:
-            location, stop = self._location(answer), min(start + step, size)
-            fields = {"content-range": f"{start}-{stop - 1}"}
-            body = _Upload(blob, start, stop)
-            if stop == size:
-                join = "&" if "?" in location else "?"
-                url = f"{location}{join}digest={blob.descriptor.digest}"
-                return self._ask("PUT", url, fields, body)
-            answer = self._ask("PATCH", location, fields, body)
-            self._read(answer, ANSWER_LIMIT_BYTES)
-            start = stop
+        while start + step < size:
+            answer = self._put_chunk("PATCH", self._location(answer), blob, start, start + step)
+            start += step
+        url = auth.add_query(self._location(answer), f"digest={blob.descriptor.digest}")
+        self._put_chunk("PUT", url, blob, start, size)
+
+    def _put_chunk(self, method: str, url: str, blob: Blob, start: int, stop: int) -> _Answer:
+        fields = {"content-range": f"{start}-{stop - 1}"}
+        return self._do(method, url, fields, _Upload(blob, start, stop))
 
     def _location(self, answer: _Answer) -> str:
         """Return where an upload goes on: absolute, relative, or elsewhere."""
@@ -270,13 +263,14 @@ class Registry:
     def commit(self, image: Image) -> None:
         """Put the manifest under the tag."""
         digest = describe([image.manifest_bytes], image.media_type).digest
-        answer = self._ask(
-            "PUT",
-            f"manifests/{self._reference.identifier}",
-            {"content-type": image.media_type},
-            image.manifest_bytes,
+        answer = self._repeat(
+            lambda: self._do(
+                "PUT",
+                f"manifests/{self._reference.identifier}",
+                {"content-type": image.media_type},
+                image.manifest_bytes,
+            )
         )
-        self._read(answer, ANSWER_LIMIT_BYTES)
         told = answer.headers.get("docker-content-digest", digest)
         if told != digest:
             raise RegistryError(f"{self._reference}: the registry made {told} of the manifest")
@@ -297,9 +291,7 @@ class Registry:
         except ValueError:
             raise RegistryError(f"{server} is no address of a registry") from None
         try:
-            answer = self._open("GET", f"https://{server}/v2/", {}, None)
-            answer.read(ANSWER_LIMIT_BYTES)
-            self._transport.finish(answer)
+            self._read(self._open("GET", f"https://{server}/v2/", {}, None), ANSWER_LIMIT_BYTES)
             return secure
         except TransportError as error:
             is_allowed = self._insecure or auth.is_local(secure.host)
@@ -314,40 +306,44 @@ class Registry:
         headers: Mapping[str, str] = {},  # noqa: B006
         body: bytes | _Upload | None = None,
     ) -> _Answer:
-        """Ask for a path of the repository or a URL; repeated where nothing is lost by it.
-
-        Raises _Refused for what is no success.
-        """
+        """Ask for a path of the repository or a URL. Raises _Refused for what is no success."""
         base = self._find_base()
         root = f"{base.scheme}://{base.netloc}/v2/{self._reference.repository}/"
         url = path if path.startswith(("http:", "https:")) else root + path
-        attempts = Attempts(POLICIES, most=MOST_ATTEMPTS)
+        return self._follow(method, url, headers, body)
+
+    def _ask_again(self, method: str, path: str, headers: Mapping[str, str]) -> _Answer:
+        """Ask what may be asked as often as it takes."""
+        return self._repeat(lambda: self._ask(method, path, headers))
+
+    def _do(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str] = {},  # noqa: B006
+        body: bytes | _Upload | None = None,
+    ) -> _Answer:
+        """Ask as _ask() does, for an answer of which only the header fields matter."""
+        answer = self._ask(method, path, headers, body)
+        self._read(answer.response, ANSWER_LIMIT_BYTES)
+        return answer
+
+    def _repeat(self, attempt: Callable[[], T]) -> T:
+        """Make attempts until one succeeds or fails for good; raise the error of the last one."""
+        self._find_base()
+        attempts = Attempts({KIND: POLICY}, most=MOST_ATTEMPTS)
         while True:
             try:
-                return self._follow(method, url, headers, body)
+                return attempt()
             except (_Refused, TransportError) as error:
-                if isinstance(body, _Upload):
+                status = error.status if isinstance(error, _Refused) else RETRIED[0]
+                is_final = isinstance(error, CertificateError) or status not in RETRIED
+                if is_final or not attempts.add(KIND):
                     raise
-                self._pause(attempts, error)
-
-    def _pause(self, attempts: Attempts, error: RemoteError) -> None:
-        """Wait before the next attempt; raise the error where there is none."""
-        is_refusal = isinstance(error, _Refused)
-        if isinstance(error, _Refused) and error.status not in RETRIED:
-            raise error
-        kind = "answer" if is_refusal else "transport"
-        if isinstance(error, CertificateError) or not attempts.add(kind):
-            raise error
-        seconds = delay_seconds(
-            POLICIES[kind],
-            retry=attempts.failed,
-            headers=getattr(error, "headers", {}),
-            random=int.from_bytes(os.urandom(2), "big") / 2**16,
-        )
-        while seconds > 0:
-            self._check()
-            self._sleep(min(seconds, 0.25))
-            seconds -= 0.25
+                headers = error.headers if isinstance(error, _Refused) else {}
+            random = int.from_bytes(os.urandom(2), "big") / 2**16
+            seconds = delay_seconds(POLICY, retry=attempts.failed, headers=headers, random=random)
+            pause(seconds, self._check, self._sleep)
 
     def _follow(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | _Upload | None
@@ -384,35 +380,20 @@ class Registry:
     def _open(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | _Upload | None
     ) -> Response:
-        where = parse_url(url)
-        request = Request(
-            method=method,
-            scheme=where.scheme,
-            host=where.host,
-            port=where.port,
-            target=where.target or "/",
-            headers={"host": where.netloc, "user-agent": auth.CLIENT, **headers},
-            body=body,
-            check=self._check,
-        )
-        while True:
-            try:
-                return self._transport.open(request)
-            except StaleConnection:
-                continue  # the next kept connection, or a new one
+        fields = {"user-agent": auth.CLIENT, **headers}
+        return self._transport.ask(method, url, fields, body=body, check=self._check)
 
-    def _read(self, answer: _Answer, limit_bytes: int) -> bytes:
+    def _read(self, response: Response, limit_bytes: int) -> bytes:
         try:
-            return answer.response.read(limit_bytes)
+            return response.read(limit_bytes)
         finally:
-            self._transport.finish(answer.response)
+            self._transport.finish(response)
 
     def _refusal(self, method: str, url: str, response: Response) -> _Refused:
         """Read an error: its codes and messages, and of the URL what can be no secret."""
         body = b""
         with suppress(TransportError):
-            body = response.read(ANSWER_LIMIT_BYTES)
-        self._transport.finish(response)
+            body = self._read(response, ANSWER_LIMIT_BYTES)
         parts = urlsplit(url)
         path = parts.path if parts.path.startswith("/v2/") and not parts.query else ""
         said = "; ".join(_read_errors(body)) or response.reason
@@ -433,10 +414,10 @@ class Registry:
             challenge, scopes, login = self._challenge, tuple(self._scopes), self._login
             if login and login.registry_token:
                 return f"Bearer {login.registry_token}"
-            if challenge is None or (challenge.scheme == "basic" and login is None):
+            if challenge is None:
                 return ""
-            if challenge.scheme == "basic" and login:
-                return login.basic
+            if challenge.scheme == "basic":
+                return login.basic if login else ""
             token = self._tokens.get(scopes)
             if token is None or time.monotonic() > token.renew_after:
                 assert self._base is not None
@@ -457,7 +438,7 @@ class Registry:
             method = "GET" if asked.form is None else "POST"
             response = self._open(method, asked.url, asked.headers, asked.form)
             if response.status == 200:
-                body = self._read(_Answer(response=response, url=asked.url), auth.TOKEN_LIMIT_BYTES)
+                body = self._read(response, auth.TOKEN_LIMIT_BYTES)
                 return auth.parse_token(body, now=time.monotonic())
             refused = self._refusal(method, asked.url, response)
             if refused.status not in (404, 405):

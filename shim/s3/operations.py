@@ -17,7 +17,7 @@ from shim.aws.xml import parse
 from shim.http.attempts import LOUD_ATTEMPT, Attempts, delay_seconds
 from shim.http.connection import READ_SECONDS, Body, Request, Response
 from shim.http.errors import RemoteError, TransportError
-from shim.http.stream import unchecked
+from shim.http.stream import pause, unchecked
 from shim.http.transport import Transport
 from shim.http.trust import Trust
 from shim.s3 import retries
@@ -44,7 +44,6 @@ class Exchange(Protocol[T]):
 
 
 ERROR_LIMIT_BYTES = 64 << 10
-SLICE_SECONDS = 0.25
 USER_AGENT = "sagemaker-shim"
 ALL_CHECKSUMS = ChecksumPolicy()
 NO_CHECKSUMS = ChecksumPolicy(request_checksum=False, response_checksum=False)
@@ -186,14 +185,14 @@ class Session:
             is_loud = seconds > 0 and failures.is_loud(self._monotonic())
             name = f"{operation.name} of s3://{operation.bucket}/{operation.key}"
             self._report(f"{name}: {failures.describe()}", seconds, error, is_loud=is_loud)
-            self._pause(seconds, check)
+            pause(seconds, check, self._sleep)
 
     def wait(self, error: TransportError, retry: int, name: str) -> None:
         """Wait before a stream is resumed for the first, second, ... time; name: of it."""
         seconds = self._delay_seconds(Kind.TRANSPORT, error, retry)
         text = f"{name} broke off, {retry} of {retries.RESUMES} times"
         self._report(text, seconds, error, is_loud=retry >= LOUD_ATTEMPT)
-        self._pause(seconds, self.check)
+        pause(seconds, self.check, self._sleep)
 
     def _report(self, text: str, seconds: float, error: RemoteError, *, is_loud: bool) -> None:
         level = "WARNING" if is_loud else "DEBUG"
@@ -268,7 +267,7 @@ class Session:
     def _enter(self, check: Callable[[], None]) -> None:
         check()
         while not self._throttle.try_enter():
-            self._pause(0.02, check)
+            pause(0.02, check, self._sleep)
 
     def _drop_checksums(self, operation: Operation) -> None:
         """Send a store no more of the checksums without which it has taken an operation."""
@@ -342,12 +341,6 @@ class Session:
         if kind is Kind.THROTTLED:
             self._throttle.slow_down(seconds)
         return seconds
-
-    def _pause(self, seconds: float, check: Callable[[], None]) -> None:
-        while seconds > 0:
-            check()
-            self._sleep(min(seconds, SLICE_SECONDS))
-            seconds -= SLICE_SECONDS
 
 
 def read_headers(response: Response) -> dict[str, str]:

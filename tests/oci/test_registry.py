@@ -421,6 +421,13 @@ def test_an_upload_that_fails_is_begun_anew(server: Any) -> None:
     assert f"/v2/a/upload?state=1&digest={DESCRIPTOR.digest}" == put
 
 
+def test_a_registry_that_never_has_time_is_given_up_soon(server: Any) -> None:
+    server.plan["POST", "blobs/uploads/"] = [(503, {}, b"")]
+    with reach(server) as sink, pytest.raises(RegistryError, match="503"):
+        sink.place(document_blob(CONTENT, "x"))
+    assert 4 == len([path for method, path, _ in server.asked if method == "POST"])
+
+
 def test_a_registry_that_takes_no_whole_layer_gets_parts(server: Any) -> None:
     server.plan["POST", "blobs/uploads/"] = [(202, {"location": "/v2/a/upload"}, b"")]
     server.plan["PUT", "upload"] = [(413, {}, b""), (201, {}, b"")]
