@@ -152,7 +152,7 @@ def build_parser(verb: str = "") -> Parser:
             from shim.commands.patch import add_options  # 70 ms, with shim.oci
 
             add_options(name, command)
-            command.set_defaults(refuse=command.error)
+        command.set_defaults(refuse=command.error)
     return parser
 
 

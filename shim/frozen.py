@@ -32,7 +32,7 @@ _RANDOM_CHARACTERS = 6
 # Where PyInstaller looks for modules and libraries.
 _HOME = getattr(sys, "_MEIPASS", "")
 _descriptors: dict[str, int] = {}
-_program: list[str] = []
+_variables: dict[str, str] = {}
 
 
 def take_environment(environ: MutableMapping[str, str]) -> dict[str, str]:
@@ -47,7 +47,7 @@ def take_environment(environ: MutableMapping[str, str]) -> dict[str, str]:
         return image
     image = _read_variables(int(environ[_ENVIRONMENT]))
     _descriptors[_DIRECTORY] = int(environ[_DIRECTORY])
-    _program.append(environ[_PROGRAM])
+    _variables[_PROGRAM] = environ[_PROGRAM]
     os.set_inheritable(_descriptors[_DIRECTORY], False)
     environ.clear()
     environ.update(image)
@@ -66,9 +66,9 @@ def _read_variables(file: str | int) -> dict[str, str]:
     return variables
 
 
-def find_program() -> str | None:
-    """Return the path of the binary; None when nothing is frozen."""
-    return _program[0] if _program else None
+def find_program() -> str:
+    """Return the path of the binary; "" when nothing is frozen."""
+    return _variables.get(_PROGRAM, "")
 
 
 @cache

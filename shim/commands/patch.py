@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,17 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
 
 
 def _verify(arguments: argparse.Namespace, network: _Network, log: Log) -> int:
-    binary = _find_binary(arguments)
+    binary, bar = _find_binary(arguments), _Bar(quiet=arguments.quiet)
     location = reference.parse_location(arguments.image)
     with _open_source(location, network) as source:
         found = patcher.verify(
-            _Watched(source, network.check, _Bar(quiet=arguments.quiet)),
+            _Watched(source, network.check, bar),
             platform=arguments.platform or _platform_of(binary),
             binary=binary,
             mode=arguments.mode,
             docker_only=location.reference is not None,
         )
+    bar.end()
     for reason in found:
         _write(log, reason)
     if not found and not arguments.quiet:
@@ -171,9 +173,9 @@ def _rewrite(arguments: argparse.Namespace, network: _Network, log: Log) -> int:
     return 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class _Network:
-    """What registries are reached with."""
+    """What registries are reached with, once one is named."""
 
     environ: Mapping[str, str]
     creds: Login | None
@@ -185,16 +187,19 @@ class _Network:
         login = self.creds or find_login(
             name.domain, name.repository, environ=self.environ, run_helper=self._run_helper
         )
-        trust = Trust(self.environ, carried_bundle=carried_bundle(), exposure=never_exposed)
         return Registry(
             name,
-            transport=Transport(
-                proxies=Proxies(self.environ), trust=trust, max_connections=WORKERS
-            ),
+            transport=self._transport,
             login=login,
             insecure=self.is_insecure,
             check=self.check,
         )
+
+    @cached_property
+    def _transport(self) -> Transport:
+        """The connections and authorities that SOURCE and DEST share."""
+        trust = Trust(self.environ, carried_bundle=carried_bundle(), exposure=never_exposed)
+        return Transport(proxies=Proxies(self.environ), trust=trust, max_connections=2 * WORKERS)
 
     def _run_helper(self, argv: list[str], stdin: bytes) -> bytes:
         try:
@@ -221,7 +226,7 @@ def _open_source(location: reference.Location, network: _Network) -> AbstractCon
 
 def _find_binary(arguments: argparse.Namespace) -> Path:
     path = arguments.binary or find_program()
-    if path is None:
+    if not path:
         raise UsageError("This program is no binary: name one with --binary")
     return Path(path)
 
