@@ -200,7 +200,7 @@ class Registry:
 
     def _place(self, blob: Blob) -> str:
         try:
-            self._do("HEAD", f"blobs/{blob.descriptor.digest}")
+            self._exchange("HEAD", f"blobs/{blob.descriptor.digest}")
             return "exists"
         except _Refused as refused:
             if refused.status in RETRIED:
@@ -211,7 +211,7 @@ class Registry:
         digest, size = blob.descriptor.digest, blob.descriptor.size_bytes
         try:
             url = auth.add_query(location, f"digest={digest}")
-            self._do("PUT", url, body=_Upload(blob, 0, size))
+            self._exchange("PUT", url, body=_Upload(blob, 0, size))
         except _Refused as refused:
             if refused.status not in (405, 411, 413, 415, 416):
                 raise
@@ -225,13 +225,13 @@ class Registry:
             self._scopes[f"repository:{repository}:pull"] = None
             query = f"?mount={blob.descriptor.digest}&from={quote(repository)}"
             with suppress(_Refused):
-                answer = self._do("POST", f"blobs/uploads/{query}", body=b"")
+                answer = self._exchange("POST", f"blobs/uploads/{query}", body=b"")
                 return None if answer.response.status == 201 else self._location(answer)
-        return self._location(self._do("POST", "blobs/uploads/", body=b""))
+        return self._location(self._exchange("POST", "blobs/uploads/", body=b""))
 
     def _put_chunks(self, blob: Blob) -> None:
         """Upload in parts, the last of which comes with the digest."""
-        answer = self._do("POST", "blobs/uploads/", body=b"")
+        answer = self._exchange("POST", "blobs/uploads/", body=b"")
         least = answer.headers.get("oci-chunk-min-length", "")
         step = max(CHUNK_BYTES, int(least) if least.isdecimal() else 0)
         size, start = blob.descriptor.size_bytes, 0
@@ -243,7 +243,7 @@ class Registry:
 
     def _put_chunk(self, method: str, url: str, blob: Blob, start: int, stop: int) -> _Answer:
         fields = {"content-range": f"{start}-{stop - 1}"}
-        return self._do(method, url, fields, _Upload(blob, start, stop))
+        return self._exchange(method, url, fields, _Upload(blob, start, stop))
 
     def _location(self, answer: _Answer) -> str:
         """Return where an upload goes on: absolute, relative, or elsewhere."""
@@ -264,7 +264,7 @@ class Registry:
         """Put the manifest under the tag."""
         digest = describe([image.manifest_bytes], image.media_type).digest
         answer = self._repeat(
-            lambda: self._do(
+            lambda: self._exchange(
                 "PUT",
                 f"manifests/{self._reference.identifier}",
                 {"content-type": image.media_type},
@@ -299,24 +299,11 @@ class Registry:
                 raise
         return parse_url(f"http://{server}")
 
-    def _ask(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str] = {},  # noqa: B006
-        body: bytes | _Upload | None = None,
-    ) -> _Answer:
-        """Ask for a path of the repository or a URL. Raises _Refused for what is no success."""
-        base = self._find_base()
-        root = f"{base.scheme}://{base.netloc}/v2/{self._reference.repository}/"
-        url = path if path.startswith(("http:", "https:")) else root + path
-        return self._follow(method, url, headers, body)
-
     def _ask_again(self, method: str, path: str, headers: Mapping[str, str]) -> _Answer:
         """Ask what may be asked as often as it takes."""
-        return self._repeat(lambda: self._ask(method, path, headers))
+        return self._repeat(lambda: self._ask(method, path, headers, None))
 
-    def _do(
+    def _exchange(
         self,
         method: str,
         path: str,
@@ -345,11 +332,16 @@ class Registry:
             seconds = delay_seconds(POLICY, retry=attempts.failed, headers=headers, random=random)
             pause(seconds, self._check, self._sleep)
 
-    def _follow(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | _Upload | None
+    def _ask(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | _Upload | None
     ) -> _Answer:
-        """Answer one challenge of each server, and follow redirects of what is only read."""
+        """Ask for a path of the repository or a URL. Raises _Refused for what is no success.
+
+        One challenge of each server is answered; redirects of what is only read are followed.
+        """
         own, tokens = self._find_base(), dict[Url, str]()
+        root = f"{own.scheme}://{own.netloc}/v2/{self._reference.repository}/"
+        url = path if path.startswith(("http:", "https:")) else root + path
         is_answered = False
         for _ in range(MOST_REDIRECTS + 2):
             try:
