@@ -7,31 +7,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from shim import __version__
 from shim.contract.errors import UsageError
-from shim.files.exposure import never_exposed
 from shim.frozen import carried_bundle, find_program
 from shim.http.errors import RemoteError
-from shim.http.proxies import Proxies
-from shim.http.transport import Transport
-from shim.http.trust import Trust
 from shim.log.log import Log
 from shim.oci import archive, config, mutate, patcher, reference, streams
 from shim.oci.auth import Login
 from shim.oci.errors import ImageUnsuitable, StorageError
 from shim.oci.layer import read_machine
-from shim.oci.logins import HELPER_SECONDS, find_login, parse_login
+from shim.oci.logins import parse_login
 from shim.oci.model import Blob, Descriptor, Image, Readable, Sink, Source
-from shim.oci.registry import Registry
+from shim.oci.network import Network
 from shim.process.stopping import Stop
 
 # The first that fits.
@@ -86,11 +80,13 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
     log = Log(style="text")
     run_verb = _verify if arguments.command == "verify" else _rewrite
     try:
-        network = _Network(
+        network = Network(
             environ=environ,
             creds=arguments.creds,
             is_insecure=arguments.insecure,
             check=stop.check,
+            carried_bundle=carried_bundle(),
+            log=lambda level, message: None if level == "DEBUG" else _write(log, message),
         )
         return run_verb(arguments, network, log)
     except (*EXIT_CODES,) as error:
@@ -98,7 +94,7 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
-def _verify(arguments: argparse.Namespace, network: _Network, log: Log) -> int:
+def _verify(arguments: argparse.Namespace, network: Network, log: Log) -> int:
     binary, bar = _find_binary(arguments), _Bar(quiet=arguments.quiet)
     location = reference.parse_location(arguments.image)
     with _open_source(location, network) as source:
@@ -117,7 +113,7 @@ def _verify(arguments: argparse.Namespace, network: _Network, log: Log) -> int:
     return int(bool(found))
 
 
-def _rewrite(arguments: argparse.Namespace, network: _Network, log: Log) -> int:
+def _rewrite(arguments: argparse.Namespace, network: Network, log: Log) -> int:
     """Patch or unpatch."""
     bar = _Bar(quiet=arguments.quiet)
     location = reference.parse_location(arguments.source)
@@ -173,52 +169,7 @@ def _rewrite(arguments: argparse.Namespace, network: _Network, log: Log) -> int:
     return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Network:
-    """What registries are reached with, once one is named."""
-
-    environ: Mapping[str, str]
-    creds: Login | None
-    is_insecure: bool
-    check: Callable[[], None]
-
-    def open(self, name: reference.Reference) -> Registry:
-        """Return a registry's repository as who its user is there."""
-        login = self.creds or find_login(
-            name.domain, name.repository, environ=self.environ, run_helper=self._run_helper
-        )
-        return Registry(
-            name,
-            transport=self._transport,
-            login=login,
-            insecure=self.is_insecure,
-            check=self.check,
-        )
-
-    @cached_property
-    def _transport(self) -> Transport:
-        """The connections and authorities that SOURCE and DEST share."""
-        trust = Trust(self.environ, carried_bundle=carried_bundle(), exposure=never_exposed)
-        return Transport(proxies=Proxies(self.environ), trust=trust, max_connections=2 * WORKERS)
-
-    def _run_helper(self, argv: list[str], stdin: bytes) -> bytes:
-        try:
-            done = subprocess.run(
-                argv,
-                input=stdin,
-                env=dict(self.environ),
-                capture_output=True,
-                timeout=HELPER_SECONDS,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"{argv[0]} did not end in {HELPER_SECONDS:g} s") from error
-        if done.returncode:  # the reason is on stdout, where else the secret is
-            reason = (done.stdout + done.stderr)[:300].decode(errors="replace").strip()
-            raise OSError(f"{argv[0]} ended with status {done.returncode}: {reason}")
-        return done.stdout
-
-
-def _open_source(location: reference.Location, network: _Network) -> AbstractContextManager[Source]:
+def _open_source(location: reference.Location, network: Network) -> AbstractContextManager[Source]:
     if location.reference:
         return nullcontext(network.open(location.reference))
     return archive.open_source(location)

@@ -6,7 +6,9 @@ Which failures there are, and what each of them calls for, every service says in
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 LONGEST_DELAY_SECONDS = 20.0
@@ -20,10 +22,12 @@ class Policy:
 
     base_seconds: the longest delay before the first retry, which doubles with each.
     limit: how often it may happen; None where it uses up one of the attempts.
+    most_asked_seconds: the longest delay that the server may ask for.
     """
 
     base_seconds: float = 0.0
     limit: int | None = None
+    most_asked_seconds: float = LONGEST_DELAY_SECONDS
 
 
 class Attempts:
@@ -82,13 +86,16 @@ def delay_seconds(
     """Return how long to wait before retry number 1, 2, ...; random: of 0 to 1."""
     longest: float = policy.base_seconds * 2 ** (retry - 1)
     delay = random * min(longest, LONGEST_DELAY_SECONDS)
-    return max(delay, min(_asked_seconds(headers), LONGEST_DELAY_SECONDS))
+    return max(delay, min(_asked_seconds(headers), policy.most_asked_seconds))
 
 
 def _asked_seconds(headers: Mapping[str, str]) -> float:
-    """Return what the server asks for; the form of Retry-After with a date is left aside."""
+    """Return what the server asks for; a date is taken as the time from its own one on."""
     for name, unit in (("x-amz-retry-after", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "")
         if value.isascii() and value.isdecimal():
             return int(value) * unit
+    with suppress(ValueError):
+        until, now = (parsedate_to_datetime(headers.get(n, "")) for n in ("retry-after", "date"))
+        return (until - now).total_seconds()
     return 0.0

@@ -38,6 +38,12 @@ class Login:
         pair = f"{self.username}:{self.password}"
         return f"Basic {b64encode(pair.encode()).decode()}"
 
+    @property
+    def secrets(self) -> set[str]:
+        """What no message may hold, whoever wrote it."""
+        packed = self.basic.partition(" ")[2]
+        return {self.password, self.identity_token, self.registry_token, packed} - {""}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Challenge:
@@ -92,7 +98,7 @@ def build_token_requests(
 ) -> list[TokenRequest]:
     """Build what the token server is asked, the next where it does not know the one before."""
     realm = challenge.parameters.get("realm", "")
-    _check_realm(realm, registry)
+    check_place("The token server", realm, registry)
     service = challenge.parameters.get("service", "")
     named = {"service": service} if service else {}
     requests = []
@@ -115,16 +121,20 @@ def add_query(url: str, query: str) -> str:
     return f"{url}{'&' if '?' in url else '?'}{query}"
 
 
-def _check_realm(realm: str, registry: Url) -> None:
-    """A registry may not send our password in the clear, nor have us knock on inner doors."""
+def check_place(what: str, text: str, registry: Url) -> Url:
+    """Read a URL that a registry sends us to.
+
+    It may not have us send anything in the clear, nor knock on doors that it cannot reach itself.
+    """
     try:
-        url = parse_url(realm)
+        url = parse_url(text)
     except ValueError:
-        raise RegistryError("The registry names no URL of a token server") from None
+        raise RegistryError(f"{what} that {registry.netloc} names is no URL") from None
     if url.scheme == "http" and registry.scheme == "https":
-        raise RegistryError(f"The token server {url.netloc} is not asked over plain HTTP")
-    if url.host != registry.host and is_private(url.host):
-        raise RegistryError(f"The token server {url.netloc} has a private address")
+        raise RegistryError(f"{what} {url.netloc} is not asked over plain HTTP")
+    if url.host != registry.host and is_private(url.host) and not is_private(registry.host):
+        raise RegistryError(f"{what} {url.netloc} has a private address")
+    return url
 
 
 def is_private(host: str) -> bool:

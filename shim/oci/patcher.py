@@ -5,7 +5,7 @@ Blobs first, then the manifest that needs them; what is there already is not wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,6 @@ from shim.oci.errors import ImageUnsuitable
 from shim.oci.layer import Layer, build_layer, is_shim_layer, read_machine
 from shim.oci.model import Blob, Descriptor, Image, Sink, Source
 from shim.oci.streams import decompressed, describe, document_blob, gzip_blob, pieces
-
-Report = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,17 +74,15 @@ def patch(
     mode: int,
     options: PatchOptions,
     version: str,
-    report: Report = lambda done, size_bytes: None,
 ) -> Outcome:
     """Put the binary into an image, in place of any earlier one.
 
-    report(done, size_bytes): is called after each blob, with what place() returned.
     Raises ImageUnsuitable, UsageError where DEST is another image, and what source and sink raise.
     """
     image = _load(source, platform)
     configs.check_platform(image.config, machine=read_machine(binary))
     base = _restore(source, image)
-    blobs = _unify(source, base.layers, target)
+    blobs = _unify(source, image, base.layers, target, added=1)
     # A layer that goes beside uncompressed ones stays so as well: crane looks at the first alone.
     gzip = not (target.plain and all(mutate.is_plain(blob.descriptor) for blob in blobs))
     media_type = mutate.layer_type(target.family, compressed=gzip)
@@ -94,7 +90,7 @@ def patch(
     config = configs.patch_config(
         base.config, options, diff_id=layer.diff_id, base_id=base.image_id, version=version
     )
-    return _write(image, base, config, [*blobs, layer.blob], layer, sink, target, report)
+    return _write(image, base, config, [*blobs, layer.blob], layer, sink, target)
 
 
 def unpatch(
@@ -103,15 +99,14 @@ def unpatch(
     *,
     platform: tuple[str, str],
     target: Target,
-    report: Report = lambda done, size_bytes: None,
 ) -> Outcome:
     """Write an image as it was before it was patched. Raises what patch() raises."""
     image = _load(source, platform)
     if configs.detect(image.config) not in (State.OURS, State.UPSTREAM):
         raise ImageUnsuitable("The image is not patched: there is nothing to undo")
     base = _restore(source, image)
-    blobs = _unify(source, base.layers, target)
-    return _write(image, base, base.config, blobs, None, sink, target, report)
+    blobs = _unify(source, image, base.layers, target, added=0)
+    return _write(image, base, base.config, blobs, None, sink, target)
 
 
 def verify(
@@ -167,8 +162,20 @@ def _tar(source: Source, layer: Descriptor) -> Iterator[bytes]:
     return content if mutate.is_plain(layer) else decompressed(content)
 
 
-def _unify(source: Source, layers: Sequence[Descriptor], target: Target) -> list[Blob]:
-    """Return the blobs of the layers, all plain where DEST takes that, else all compressed."""
+def _unify(
+    source: Source, image: Image, layers: Sequence[Descriptor], target: Target, *, added: int
+) -> list[Blob]:
+    """Return the blobs of the layers, all plain where DEST takes that, else all compressed.
+
+    added: how many layers come on top. What DEST's manifest cannot say is refused before the work.
+    """
+    ours = describe([], mutate.layer_type(target.family, compressed=True))
+    mutate.build_manifest(
+        image.manifest,
+        family=target.family,
+        config=mutate.config_of(image.manifest),
+        layers=[*layers, *[ours] * added],
+    )
     if target.complete and any(map(mutate.is_foreign, layers)):
         raise ImageUnsuitable("The image has layers that are to be had elsewhere (foreign)")
     blobs = [source.blob(layer) for layer in layers]
@@ -190,7 +197,6 @@ def _write(
     layer: Layer | None,
     sink: Sink,
     target: Target,
-    report: Report,
 ) -> Outcome:
     """Write the image of these layers, unless it is there."""
     config_body = configs.write_config(config, like=source.config_bytes)
@@ -217,7 +223,7 @@ def _write(
                 raise UsageError("DEST is another image: --force replaces it")
             if there != digest:
                 local = [blob for blob in blobs if not mutate.is_foreign(blob.descriptor)]
-                sizes = _place([*local, config_blob], sink, target.workers, report)
+                sizes = _place([*local, config_blob], sink, target.workers)
                 sink.commit(image)
             reference = sink.reference(digest)
     recorded = configs.labels_of(source.config).get(configs.BASE_LABEL)
@@ -232,7 +238,7 @@ def _write(
     )
 
 
-def _place(blobs: Sequence[Blob], sink: Sink, workers: int, report: Report) -> dict[str, int]:
+def _place(blobs: Sequence[Blob], sink: Sink, workers: int) -> dict[str, int]:
     """Place each blob once, several side by side, in the order of the source."""
     once = {blob.descriptor.digest: blob for blob in blobs}
     ordered = sorted(once.values(), key=lambda blob: blob.position)
@@ -241,5 +247,4 @@ def _place(blobs: Sequence[Blob], sink: Sink, workers: int, report: Report) -> d
         for blob, done in zip(ordered, pool.map(sink.place, ordered), strict=True):
             size_bytes = blob.descriptor.size_bytes
             sizes[done] = sizes.get(done, 0) + size_bytes
-            report(done, size_bytes)
     return sizes

@@ -1,9 +1,11 @@
 """A registry as source and sink: distribution-spec.md, over the client that S3 has too.
 
-Rule 1: the Authorization header goes to the registry's own origin, and nowhere else.
+Rule 1: the Authorization header goes to the registry's own origin, and nowhere else; where it sends
+us is no place that it could not reach itself.
 Rule 2: what is received counts only when size and digest are those that were asked for.
 Rule 3: an upload that failed is begun anew, from HEAD on: its session is dead.
-Rule 4: a location may hold a signature: it is never shown.
+Rule 4: a location may hold a signature: it is never shown. An answer may hold what we sent: it is
+shown without.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ ANSWER_LIMIT_BYTES = 64 << 10
 CHUNK_BYTES = 4 << 20  # GHCR refuses larger ones
 BLOCK_BYTES = 1 << 18
 RETRIED = (408, 429, 499, 500, 502, 503, 504, 522)
+NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")  # of OpenSSL
 REDIRECTS = (301, 302, 303, 307, 308)
-KIND, POLICY = "failed", Policy(base_seconds=1.0)  # all failures are alike
+KIND, POLICY = "failed", Policy(base_seconds=1.0, most_asked_seconds=60.0)  # all failures are alike
 ACCEPT = ", ".join((*mutate.MANIFESTS, *mutate.INDEXES))
 
 T = TypeVar("T")
@@ -113,6 +116,7 @@ class Registry:
         self._challenge: auth.Challenge | None = None
         self._scopes = {f"repository:{reference.repository}:pull": None}
         self._tokens: dict[tuple[str, ...], Token] = {}
+        self._secrets = login.secrets if login else set[str]()
         self._lock = threading.Lock()
 
     # What is read
@@ -136,8 +140,13 @@ class Registry:
             descriptor,
             lambda offset: PieceReader(self._pieces(descriptor, offset)),
             name=self._reference.name,
-            origin=(self._reference.registry, self._reference.repository),
+            origin=self._origin,
+            error=RegistryError,
         )
+
+    @property
+    def _origin(self) -> tuple[str, str]:
+        return self._reference.registry, self._reference.repository
 
     def _manifest(self, identifier: str) -> tuple[bytes, str]:
         answer = self._ask_again("GET", f"manifests/{identifier}", {"accept": ACCEPT})
@@ -199,6 +208,8 @@ class Registry:
         return self._repeat(lambda: self._place(blob))
 
     def _place(self, blob: Blob) -> str:
+        if blob.origin == self._origin:
+            return "exists"
         try:
             self._exchange("HEAD", f"blobs/{blob.descriptor.digest}")
             return "exists"
@@ -221,7 +232,7 @@ class Registry:
     def _begin(self, blob: Blob) -> str | None:
         """Begin an upload; None where the blob was mounted from another repository."""
         registry, repository = blob.origin or ("", "")
-        if registry == self._reference.registry and repository != self._reference.repository:
+        if registry == self._reference.registry:
             self._scopes[f"repository:{repository}:pull"] = None
             query = f"?mount={blob.descriptor.digest}&from={quote(repository)}"
             with suppress(_Refused):
@@ -251,10 +262,7 @@ class Registry:
         url = urljoin(answer.url, answer.headers.get("location", ""))
         if base.scheme == "https" and url.startswith(f"http://{base.netloc}/"):
             url = f"https{url[4:]}"  # of a proxy that takes the TLS off
-        try:
-            parse_url(url)
-        except ValueError:
-            raise RegistryError(f"{base.netloc} names no location for an upload") from None
+        auth.check_place("The location for an upload", url, base)
         return url
 
     def reference(self, digest: str) -> str:
@@ -295,7 +303,7 @@ class Registry:
             return secure
         except TransportError as error:
             is_allowed = self._insecure or auth.is_local(secure.host)
-            if isinstance(error, CertificateError) or not is_allowed:
+            if not is_allowed or not _is_plain(error):
                 raise
         return parse_url(f"http://{server}")
 
@@ -344,15 +352,14 @@ class Registry:
         url = path if path.startswith(("http:", "https:")) else root + path
         is_answered = False
         for _ in range(MOST_REDIRECTS + 2):
-            try:
-                origin = replace(parse_url(url), target="")
-            except ValueError:
-                raise RegistryError(f"{own.netloc} redirects to what is no URL") from None
+            origin = replace(auth.check_place("The server", url, own), target="")
             login = self._authorization() if origin == own else tokens.get(origin, "")
             fields = {**headers, "authorization": login} if login else headers
             response = self._open(method, url, fields, body)
             status = response.status
-            if status < 300:
+            # Who knows where a blob is to be had has it; storage may be asked by GET alone.
+            is_found = method == "HEAD" and path.startswith("blobs/") and status in REDIRECTS
+            if status < 300 or is_found:
                 return _Answer(response=response, url=url)
             refused = self._refusal(method, url, response)
             if status in REDIRECTS and method in ("GET", "HEAD"):
@@ -390,6 +397,8 @@ class Registry:
         path = parts.path if parts.path.startswith("/v2/") and not parts.query else ""
         said = "; ".join(_read_errors(body)) or response.reason
         sentence = f"{method} {parts.hostname}{path}: {response.status}: {said}"
+        for secret in self._secrets:
+            sentence = sentence.replace(secret, "***")
         return _Refused(sentence, response.status, response.headers)
 
     def _take_challenge(self, refused: _Refused) -> None:
@@ -431,12 +440,20 @@ class Registry:
             response = self._open(method, asked.url, asked.headers, asked.form)
             if response.status == 200:
                 body = self._read(response, auth.TOKEN_LIMIT_BYTES)
-                return auth.parse_token(body, now=time.monotonic())
+                token = auth.parse_token(body, now=time.monotonic())
+                self._secrets.add(token.value)
+                return token
             refused = self._refusal(method, asked.url, response)
             if refused.status not in (404, 405):
                 break
         assert refused is not None
         raise refused
+
+
+def _is_plain(error: TransportError) -> bool:
+    """Say whether nobody there speaks TLS."""
+    cause = error.__cause__
+    return isinstance(cause, ConnectionRefusedError) or getattr(cause, "reason", "") in NOT_TLS
 
 
 def _covers(ours: str, scope: str) -> bool:

@@ -43,9 +43,17 @@ class PieceReader:
 class VerifiedReader:
     """A stream that ends only if its bytes were those of the descriptor."""
 
-    def __init__(self, stream: Readable, descriptor: Descriptor, *, name: str) -> None:
-        """name: where the stream comes from, for messages."""
+    def __init__(
+        self,
+        stream: Readable,
+        descriptor: Descriptor,
+        *,
+        name: str,
+        error: type[Exception] = StorageError,
+    ) -> None:
+        """name: where the stream comes from, for messages; error: what is raised of other bytes."""
         self._stream, self._descriptor, self._name = stream, descriptor, name
+        self._error = error
         self._hash = new_hash(descriptor.digest)
         self._size_bytes = 0
         self.close = stream.close
@@ -58,13 +66,13 @@ class VerifiedReader:
         if self._size_bytes > expected.size_bytes or not data:
             self._check_size()
             if not expected.digest.endswith(f":{self._hash.hexdigest()}"):
-                raise StorageError(f"{self._name}: the content is not that of {expected.digest}")
+                raise self._error(f"{self._name}: the content is not that of {expected.digest}")
         return data
 
     def _check_size(self) -> None:
         expected = self._descriptor.size_bytes
         if self._size_bytes != expected:
-            raise StorageError(
+            raise self._error(
                 f"{self._name}: expected {expected:,} bytes of {self._descriptor.digest}, "
                 f"found {'more' if self._size_bytes > expected else f'{self._size_bytes:,}'}"
             )
@@ -154,12 +162,13 @@ def verified_blob(
     name: str,
     position: int = 0,
     origin: tuple[str, str] | None = None,
+    error: type[Exception] = StorageError,
 ) -> Blob:
     """Return a blob that is verified where it is read from its start; open_at(offset)."""
 
     def open_(offset: int) -> Readable:
         stream = open_at(offset)
-        return stream if offset else VerifiedReader(stream, descriptor, name=name)
+        return stream if offset else VerifiedReader(stream, descriptor, name=name, error=error)
 
     return Blob(descriptor=descriptor, open=open_, origin=origin, position=position)
 

@@ -474,22 +474,3 @@ def test_verify_reads_the_layer_itself(tmp_path: Path, binary: Path) -> None:
     assert ["The top layer is not what the configuration says"] == verified(
         f"oci:{tmp_path}/out", binary
     )
-
-
-def test_every_blob_is_reported_once(tmp_path: Path, binary: Path) -> None:
-    source = write_tar(tmp_path / "in.tar", images.old_docker(made_for("Docker 20.10")))
-    reported: list[tuple[str, int]] = []
-    with open_source(parse_location(str(source))) as opened:
-        outcome = patch(
-            opened,
-            open_sink(parse_destination(f"oci:{tmp_path}/out")),
-            platform=AMD64,
-            target=Target(family="oci", workers=4),
-            binary=binary,
-            mode=0o500,
-            options=PatchOptions(),
-            version="1.0",
-            report=lambda done, size_bytes: reported.append((done, size_bytes)),
-        )
-    assert ["written"] * 4 == [done for done, _ in reported]  # two layers are the same
-    assert {"written": sum(size_bytes for _, size_bytes in reported)} == outcome.sizes
