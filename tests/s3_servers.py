@@ -131,13 +131,15 @@ def moto_server(directory: Path) -> Iterator[S3Server]:
 EC_KEY = ("ec", "-pkeyopt", "ec_paramgen_curve:P-256")
 
 
-def make_certificate(directory: Path, *, key_form: Sequence[str] = EC_KEY) -> tuple[Path, Path]:
-    """Make a self-signed certificate for 127.0.0.1 and localhost; return it and its key."""
+def make_certificate(
+    directory: Path, *, key_form: Sequence[str] = EC_KEY, host: str = "s3.example.test"
+) -> tuple[Path, Path]:
+    """Make a self-signed certificate for this machine and a host; return it and its key."""
     certificate, key = directory / "certificate.pem", directory / "key.pem"
     if not certificate.exists():
         argv = ["openssl", "req", "-x509", "-newkey", *key_form]
         argv += ["-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
-        names = "IP:127.0.0.1,DNS:localhost,DNS:s3.example.test"
+        names = f"IP:127.0.0.1,DNS:localhost,DNS:{host}"
         argv += [f"subjectAltName={names}", "-keyout", str(key)]
         subprocess.run([*argv, "-out", str(certificate)], check=True, capture_output=True)
     return certificate, key

@@ -95,7 +95,7 @@ def _asked_seconds(headers: Mapping[str, str]) -> float:
         value = headers.get(name, "")
         if value.isascii() and value.isdecimal():
             return int(value) * unit
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError):  # also of a date without its zone
         until, now = (parsedate_to_datetime(headers.get(n, "")) for n in ("retry-after", "date"))
         return (until - now).total_seconds()
     return 0.0

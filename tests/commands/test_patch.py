@@ -236,6 +236,18 @@ def busybox_layer() -> bytes:
 SCRIPT = 'echo "uid $(/bin/busybox id -u)"; echo done > /output/result.txt'
 
 
+def list_early(pid: int) -> list[str]:
+    """Read what the frozen program imports before the user's command starts."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    (library,) = {line.split()[-1] for line in maps if "/libpython" in line}
+    listed = Path(library).with_name("modules.txt")
+    return listed.read_text().splitlines()
+
+
+def is_late(name: str) -> bool:
+    return name.startswith("shim.oci") or name == "shim.commands.patch"
+
+
 @needs_root
 @needs_umoci
 @pytest.mark.skipif(not os.path.exists(BUSYBOX), reason="needs the Debian package busybox-static")
@@ -271,6 +283,9 @@ def test_the_binary_puts_itself_into_an_image_that_runs(binary: Path, tmp_path: 
     with subprocess.Popen([*start, "serve", "--port", str(port)], env=environ) as process:
         try:
             poll(lambda: request("GET", f"http://127.0.0.1:{port}/ping") == 200)
+            early = list_early(first_child(process.pid))
+            assert "shim.serve.protocol" in early
+            assert [] == [name for name in early if is_late(name)]
         finally:
             os.kill(first_child(process.pid), signal.SIGKILL)
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from urllib.parse import parse_qs
 import pytest
 
 from shim.contract.errors import UsageError
-from shim.http.errors import CertificateError, RemoteError
+from shim.http.errors import CertificateError, RemoteError, TransportError
+from shim.http.urls import parse_url
 from shim.oci.archive import open_sink, open_source
 from shim.oci.auth import Login
 from shim.oci.config import PatchOptions
-from shim.oci.errors import ImageUnsuitable, RegistryError, StorageError
+from shim.oci.errors import ImageUnsuitable, RegistryError
 from shim.oci.model import Descriptor, Sink, Source
 from shim.oci.patcher import Outcome, Target, patch, unpatch
 from shim.oci.reference import parse_destination, parse_location, parse_reference
@@ -374,7 +377,7 @@ def test_a_server_without_ranges_is_read_again(server: Any) -> None:
 @pytest.mark.parametrize("body", [CONTENT[:-1], CONTENT + b"x", CONTENT[::-1]])
 def test_a_wrong_blob_is_refused(server: Any, body: bytes) -> None:
     server.plan["GET", BLOB_PATH] = [(200, {}, body)]
-    with pytest.raises((StorageError, RegistryError)):
+    with pytest.raises(RegistryError, match="expected|is not that of"):
         download(server)
 
 
@@ -390,6 +393,50 @@ def test_a_redirect_gets_no_login(server: Any) -> None:
     assert [False, True, False] == logins
 
 
+@pytest.mark.parametrize(
+    "location", ["https://10.0.0.1/x", "https://169.254.169.254/", "http://r.test/"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_registry_of_the_internet_sends_us_to_no_inner_door(
+    method: str, location: str, monkeypatch: pytest.MonkeyPatch, server: Any
+) -> None:
+    """Nor does it have us send anything in the clear."""
+    reached = reach(server)
+    monkeypatch.setattr(reached, "_base", parse_url("https://registry.test"))
+    answer = reached._transport.ask
+    here = f"http://127.0.0.1:{server.server_port}"
+    asked = []
+
+    def ask(method: str, url: str, *rest: Any, **options: Any) -> Any:
+        asked.append(url)
+        return answer(method, url.replace("https://registry.test", here), *rest, **options)
+
+    monkeypatch.setattr(reached._transport, "ask", ask)
+    server.plan["GET", BLOB_PATH] = [(307, {"location": location}, b"")]
+    server.plan["POST", "blobs/uploads/"] = [(202, {"location": location}, b"")]
+    with pytest.raises(RegistryError, match="private address|plain HTTP"):
+        if method == "GET":
+            reached.blob(DESCRIPTOR).open(0).read(1)
+        else:
+            reached.place(document_blob(CONTENT, "x"))
+    assert {"registry.test"} == {parse_url(url).host for url in asked}
+
+
+def test_storage_is_not_asked_whether_it_has_a_blob(server: Any) -> None:
+    """What it signs is good for GET alone."""
+    server.plan["HEAD", BLOB_PATH] = [(307, {"location": "/elsewhere"}, b"")]
+    with reach(server) as sink:
+        assert "exists" == sink.place(document_blob(CONTENT, "x"))
+    assert [("HEAD", f"/v2/a/{BLOB_PATH}")] == [asked[:2] for asked in server.asked]
+
+
+def test_what_is_of_the_repository_is_not_asked_for(server: Any) -> None:
+    blob = reach(server).blob(DESCRIPTOR)
+    with reach(server) as sink:
+        assert "exists" == sink.place(blob)
+    assert [] == [path for _, path, _ in server.asked if "blobs" in path]
+
+
 def test_redirects_that_never_end_are_given_up(server: Any) -> None:
     server.plan["GET", BLOB_PATH] = [(302, {"location": "/v2/a/" + BLOB_PATH}, b"")]
     with pytest.raises(RegistryError, match="in circles"):
@@ -403,10 +450,61 @@ def test_what_is_said_holds_no_signature(server: Any) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_what_is_said_holds_nothing_that_was_sent(server: Any) -> None:
+    packed = LOGIN.basic.removeprefix("Basic ")
+    echo = {"errors": [{"code": "DENIED", "message": f"not {packed}, not 'pw', not TOKEN"}]}
+    server.plan["GET", "manifests/1"] = [
+        (401, {"www-authenticate": 'Bearer realm="http://127.0.0.1:PORT/token"'}, b""),
+        (403, {}, json.dumps(echo).encode()),
+    ]
+    server.plan["GET", "/token"] = [(200, {}, b'{"token": "TOKEN"}')]
+    with pytest.raises(RegistryError) as caught:
+        reach(server).load("linux", "amd64")
+    assert "403: DENIED: not ***, not '***', not ***" in str(caught.value)
+
+
+def test_what_answers_no_tls_with_silence_is_not_asked_without(tmp_path: Path) -> None:
+    """Only a refusal or an answer in the clear says that nobody speaks TLS there."""
+    asked = []
+
+    def hang_up() -> None:
+        with listener, suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with client:
+                    asked.append(client.recv(3))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with pytest.raises(TransportError):
+            open_registry(f"127.0.0.1:{port}/a:1").load("linux", "amd64")
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert {b"\x16\x03\x01"} == set(asked)
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_registry_is_asked_again(server: Any, status: int) -> None:
     server.plan["GET", BLOB_PATH] = [(status, {"retry-after": "1"}, b"no"), (200, {}, CONTENT)]
     assert CONTENT == download(server)
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [("45", 45.0), ("3600", 60.0), ("%s GMT", 30.0), ("%s -0000", 1.0), ("tomorrow", 1.0)],
+)
+def test_a_busy_registry_gets_the_time_it_asks_for(server: Any, asked: str, seconds: float) -> None:
+    soon = time.strftime("%a, %d %b %Y %H:%M:%S", time.gmtime(time.time() + 30))
+    fields = {"retry-after": asked.replace("%s", soon)}
+    server.plan["GET", "manifests/1"] = [(429, fields, b""), (404, {}, b"")]
+    waited: list[float] = []
+    reference = parse_reference(f"127.0.0.1:{server.server_port}/a:1")
+    registry = Registry(reference, transport=make_transport(), sleep=waited.append)
+    with pytest.raises(RegistryError, match="404"):
+        registry.load("linux", "amd64")
+    assert seconds - 2 < sum(waited) <= seconds
 
 
 def test_an_upload_that_fails_is_begun_anew(server: Any) -> None:
