@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -311,12 +313,15 @@ class Answers(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self) -> None:
-        size = int(self.headers.get("content-length") or 0)
-        self.rfile.read(size)
         path = self.path.partition("?")[0].removeprefix("/v2/a/")
         self.server.asked.append((self.command, self.path, dict(self.headers)))
         planned = self.server.plan.get((self.command, path), [(404, {}, b"")])
         status, fields, body = planned.pop(0) if len(planned) > 1 else planned[0]
+        is_early = fields.get("connection") == "close"
+        self.rfile.read(1000 if is_early else int(self.headers.get("content-length") or 0))
+        if not status:
+            self.close_connection = True
+            return
         self.send_response(status)
         length = fields.get("content-length", str(len(body)))
         for name, value in {**fields, "content-length": length}.items():
@@ -517,6 +522,73 @@ def test_an_upload_that_fails_is_begun_anew(server: Any) -> None:
     assert 2 == len(posts)
     (_, put, _), *_ = [one for one in server.asked if one[0] == "PUT"]
     assert f"/v2/a/upload?state=1&digest={DESCRIPTOR.digest}" == put
+
+
+EARLY = {"connection": "close"}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (0, EARLY, b""),
+        (401, EARLY | {"www-authenticate": 'Basic realm="x"'}, b""),
+        (503, EARLY, b""),
+        (404, EARLY, b'{"errors":[{"code":"BLOB_UPLOAD_INVALID"}]}'),
+    ],
+    ids=["cut", "401", "503", "gone"],
+)
+def test_an_upload_that_is_broken_off_is_begun_anew_or_named(server: Any, failure: Any) -> None:
+    """The registry answers, or hangs up, while the body is still being sent."""
+    server.plan["POST", "blobs/uploads/"] = [(202, {"location": "/v2/a/upload"}, b"")]
+    server.plan["PUT", "upload"] = [failure, (201, {}, b"")]
+    body = CONTENT * 20
+    with reach(server) as sink:
+        if failure[0] == 404:
+            with pytest.raises(RegistryError, match="BLOB_UPLOAD_INVALID"):
+                sink.place(document_blob(body, "x"))
+        else:
+            assert "written" == sink.place(document_blob(body, "x"))
+
+
+@pytest.mark.parametrize("status", [202, 401, 405])
+def test_a_mount_that_is_refused_becomes_an_upload(server: Any, status: int) -> None:
+    server.plan["GET", BLOB_PATH] = [(200, {}, CONTENT)]
+    server.plan["POST", "blobs/uploads/"] = [
+        (status, {"location": "/v2/a/upload", "www-authenticate": 'Basic realm="x"'}, b""),
+        (202, {"location": "/v2/a/upload"}, b""),
+    ]
+    server.plan["PUT", "upload"] = [(201, {}, b"")]
+    host = f"127.0.0.1:{server.server_port}"
+    blob = replace(reach(server).blob(DESCRIPTOR), origin=(host, "other"))
+    with reach(server) as sink:
+        assert "written" == sink.place(blob)
+    posts = [path for method, path, _ in server.asked if method == "POST"]
+    assert f"/v2/a/blobs/uploads/?mount={DESCRIPTOR.digest}&from=other" == posts[0]
+    if status == 202:  # it is a session already
+        assert 1 == len(posts)
+
+
+def test_an_upload_elsewhere_gets_no_login(server: Any) -> None:
+    location = {"location": "http://localhost:PORT/up?signature=secret"}
+    server.plan["POST", "blobs/uploads/"] = [
+        (401, {"www-authenticate": 'Basic realm="x"'}, b""),
+        (202, location, b""),
+    ]
+    server.plan["PUT", "/up"] = [(201, {}, b"")]
+    with reach(server) as sink:
+        assert "written" == sink.place(document_blob(CONTENT, "x"))
+    assert ["PUT"] == [m for m, path, f in server.asked if path.startswith("/up")]
+    logins = {m: "authorization" in {*map(str.lower, f)} for m, _, f in server.asked}
+    assert (True, False) == (logins["POST"], logins["PUT"])
+
+
+def test_the_location_of_a_proxy_that_takes_off_the_tls_is_put_right(server: Any) -> None:
+    reached = reach(server)
+    reached._base = parse_url("https://registry.test")
+    answer = SimpleNamespace(
+        url="https://registry.test/v2/a/", headers={"location": "http://registry.test/v2/u?x=1"}
+    )
+    assert "https://registry.test/v2/u?x=1" == reached._location(answer)  # type: ignore[arg-type]
 
 
 def test_a_registry_that_never_has_time_is_given_up_soon(server: Any) -> None:
