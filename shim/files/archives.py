@@ -15,9 +15,11 @@ import itertools
 import lzma
 import os
 import posixpath
+import queue
 import stat
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +32,7 @@ from shim.process.users import User, may_read
 
 
 class Readable(Protocol):
-    def read(self, size: int, /) -> bytes: ...
+    def readinto(self, buffer: Any, /) -> int: ...
 
 
 TAR_MESSAGE = "Tarfile could not be extracted"
@@ -40,6 +42,10 @@ ZIP_METHOD_MESSAGE = "Zip file contains an unsupported compression method"
 ZIP_SIZE_MESSAGE = "Contents of zip file too large"
 
 BLOCK_BYTES = 1 << 18
+# zlib copies what it has not taken yet at each call: little in, and room for all that comes out.
+PACKED_BLOCK_BYTES = 1 << 16
+UNPACKED_BLOCK_BYTES = 1 << 20
+PIECES_AHEAD = 8
 # zipfile inflates a block of these methods in one go, up to 20,000 times its size.
 SMALL_BLOCK_BYTES = 1 << 12
 # zipfile holds the whole directory, and some 700 bytes for each entry.
@@ -160,12 +166,13 @@ def extract_tar(
     source = _Source(stream)
     try:
         packed, content = _open_unpacked(source, warn)
-        _extract_members(_Blocks(content, warn, check), _Tree(directory, user, warn))
-        # What proves the length and the checksum comes last.
-        goes_on = False
-        for block in itertools.chain(_blocks_of(content), _blocks_of(packed)):
-            check()
-            goes_on |= bool(block.strip(b"\0"))
+        with packed, content:
+            _extract_members(_Blocks(content, warn, check), _Tree(directory, user, warn))
+            # What proves the length and the checksum comes last.
+            goes_on = False
+            for block in itertools.chain(_blocks_of(content), _blocks_of(packed)):
+                check()
+                goes_on |= bool(block.strip(b"\0"))
         if goes_on:
             warn("The archive goes on behind its end: what is there is left out")
     except ShimError:
@@ -260,8 +267,10 @@ class _Source(io.RawIOBase):
 
     def peek(self, size: int) -> bytes:
         """Return the next bytes without taking them, fewer at the end of the stream."""
-        while len(self._held) < size and (data := self._read(size - len(self._held))):
-            self._held += data
+        view, count = memoryview(bytearray(size)), 0
+        while count < size and (more := self.readinto(view[count:])):
+            count += more
+        self._held = bytes(view[:count])
         return self._held
 
     def readable(self) -> bool:
@@ -269,14 +278,12 @@ class _Source(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill the buffer with one read of the stream."""
-        view = memoryview(buffer)
-        data, self._held = self._held or self._read(len(view)), b""
-        view[: len(data)] = data
-        return len(data)
-
-    def _read(self, size: int) -> bytes:
+        if self._held:
+            data, self._held = self._held, b""
+            memoryview(buffer)[: len(data)] = data
+            return len(data)
         try:
-            return self._stream.read(size)
+            return self._stream.readinto(buffer)
         except Exception as error:
             self.error = error
             raise
@@ -313,51 +320,79 @@ _DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {
 }
 
 
-class _Unpacked(io.RawIOBase):
-    """The content of a packed stream: of its members, one after the other, up to what is none."""
+def _unpack(
+    packed: io.BufferedReader[Any], magic: bytes, warn: Callable[[str], None]
+) -> Iterator[bytes]:
+    """Yield the content of a packed stream: of its members, one after the other, up to no member.
 
-    def __init__(
-        self, packed: io.BufferedReader[Any], magic: bytes, warn: Callable[[str], None]
-    ) -> None:
-        self._packed, self._magic, self._warn = packed, magic, warn
-        self._member: Any = _DECOMPRESSORS[magic]()
-        self._input = b""
-        self._has_ended = False
+    Zeros may lie between them.
+    """
+    rest = packed.read(len(magic))
+    while rest.startswith(magic):
+        member, data = _DECOMPRESSORS[magic](), rest
+        while not member.eof:
+            if not data and member.needs_input and not (data := packed.read1(PACKED_BLOCK_BYTES)):
+                raise EOFError("the packed stream ends too early")
+            if unpacked := member.decompress(data, UNPACKED_BLOCK_BYTES):
+                yield unpacked
+            data = b""
+        rest = member.unused_data.lstrip(b"\0")
+        while not rest and (block := packed.read1(BLOCK_BYTES)):
+            rest = block.lstrip(b"\0")
+        rest += packed.read(max(0, len(magic) - len(rest)))
+    if rest:
+        warn("The packed archive goes on behind its end: what is there is left out")
+        for _ in _blocks_of(packed):
+            pass
+
+
+class _Ahead(io.RawIOBase):
+    """Pieces as a stream, made ahead of whoever reads, in a thread of their own."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._piece = pieces, memoryview(b"")
+        self._made: queue.Queue[bytes | Exception] = queue.Queue(PIECES_AHEAD)
+        self._thread: threading.Thread | None = threading.Thread(target=self._make, daemon=True)
+        self._is_over = False
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system gives no more threads
+            self._thread = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Unpack at least a byte; 0 at the end."""
+        """Read at least a byte; 0 at the end."""
+        if not self._piece and not self._is_over:
+            piece = self._made.get() if self._thread else next(self._pieces, b"")
+            self._is_over = not piece or isinstance(piece, Exception)
+            if isinstance(piece, Exception):
+                raise piece
+            self._piece = memoryview(piece)
         view = memoryview(buffer)
-        data = b""
-        while not data:
-            if self._has_ended or (self._member.eof and not self._begin_member()):
-                return 0
-            if not self._input and self._member.needs_input:
-                self._input = self._packed.read1(BLOCK_BYTES)
-                if not self._input:
-                    raise EOFError("the packed stream ends too early")
-            data = self._member.decompress(self._input, len(view))
-            self._input = b""
-        view[: len(data)] = data
-        return len(data)
+        count = min(len(view), len(self._piece))
+        view[:count], self._piece = self._piece[:count], self._piece[count:]
+        return count
 
-    def _begin_member(self) -> bool:
-        """Go on with the next member, if there is one. Zeros may lie between them."""
-        rest = self._member.unused_data.lstrip(b"\0")
-        while not rest and (block := self._packed.read1(BLOCK_BYTES)):
-            rest = block.lstrip(b"\0")
-        rest += self._packed.read(max(0, len(self._magic) - len(rest)))
-        if rest.startswith(self._magic):
-            self._member, self._input = _DECOMPRESSORS[self._magic](), rest
-            return True
-        if rest:
-            self._warn("The packed archive goes on behind its end: what is there is left out")
-            for _ in _blocks_of(self._packed):
-                pass
-        self._has_ended = True
-        return False
+    def close(self) -> None:
+        """Make no more."""
+        self._is_over = True
+        while self._thread and self._thread.is_alive():
+            with suppress(queue.Empty):
+                self._made.get(timeout=0.1)
+        super().close()
+
+    def _make(self) -> None:
+        end: bytes | Exception = b""
+        try:
+            for piece in self._pieces:
+                self._made.put(piece)
+                if self._is_over:
+                    return
+        except Exception as error:
+            end = error
+        self._made.put(end)
 
 
 def _open_unpacked(
@@ -368,11 +403,11 @@ def _open_unpacked(
     packed = io.BufferedReader(source, BLOCK_BYTES)
     for magic in _DECOMPRESSORS:
         if beginning.startswith(magic) and beginning != b"]".ljust(6, b"\0"):
-            return packed, io.BufferedReader(_Unpacked(packed, magic, warn), BLOCK_BYTES)
+            return packed, io.BufferedReader(_Ahead(_unpack(packed, magic, warn)), BLOCK_BYTES)
     return packed, packed
 
 
-def _blocks_of(stream: Readable) -> Iterator[bytes]:
+def _blocks_of(stream: io.BufferedReader[Any]) -> Iterator[bytes]:
     """Yield what is left of a stream."""
     while block := stream.read(BLOCK_BYTES):
         yield block
@@ -382,9 +417,13 @@ class _Blocks:
     """A tar stream, forward only: `read` and `seek` for tarfile's headers, `copy` for the data."""
 
     def __init__(
-        self, stream: Readable, warn: Callable[[str], None], check: Callable[[], None]
+        self,
+        stream: io.BufferedReader[Any],
+        warn: Callable[[str], None],
+        check: Callable[[], None],
     ) -> None:
         self._stream, self._warn, self._check = stream, warn, check
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
         self._position = 0
         self.header_allowance = MAX_TAR_HEADER_BYTES
         self.last_read = b""
@@ -410,13 +449,13 @@ class _Blocks:
             raise tarfile.ReadError("the archive points backwards")
         self._position += size
         while size:
-            block = self._stream.read(min(size, BLOCK_BYTES))
-            if not block:
+            count = self._stream.readinto(self._buffer[:size])
+            if not count:
                 raise tarfile.ReadError("unexpected end of data")
-            size -= len(block)
+            size -= count
             self._check()
             if file is not None:
-                file.write(block)
+                file.write(self._buffer[:count])
 
     def _take(self, size: int) -> bytes:
         data = self._stream.read(size)

@@ -1,16 +1,18 @@
 """Make ready for the first task, and clean up after the last.
 
-writable directories -> model -> ground truth -> mode.setup -> runtime_setup_result.json
+writable directories -> model and ground truth -> mode.setup -> runtime_setup_result.json
 ... tasks ...
 mode.teardown -> post-clean directories
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from shim.contract.errors import TaskStopped, UserSafeError
+from shim.contract.errors import ShimError, TaskStopped, UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import RuntimeSetupResult, runtime_setup_key
 from shim.contract.uri import S3Location
@@ -27,6 +29,10 @@ from shim.runner.results import UNEXPECTED_MESSAGE, put_signed
 TYPE_CHECKING = False  # s3.store: 5 ms
 if TYPE_CHECKING:
     from shim.s3.store import Store
+
+
+class _OtherFailed(ShimError):
+    """Another archive could not be unpacked: its error is the one to raise."""
 
 
 class Runtime:
@@ -73,18 +79,52 @@ class Runtime:
     def _setup(self) -> None:
         settings = self._settings
         ensure_writable_directories(settings.writable_directories, self._log)
-        self._unpack("model", settings.model, settings.model_dest)
-        self._unpack("ground truth", settings.ground_truth, settings.ground_truth_dest)
+        self._unpack_all(
+            ("model", settings.model, settings.model_dest),
+            ("ground truth", settings.ground_truth, settings.ground_truth_dest),
+        )
         self._stop.check()
         self._mode.setup()
 
-    def _unpack(self, name: str, source: S3Location | None, destination: Path) -> None:
+    def _unpack_all(self, *archives: tuple[str, S3Location | None, Path]) -> None:
+        """Unpack what is named, all at once; of several errors, raise that of the first one.
+
+        One whose directory lies in that of another waits for it: what comes later stays.
+        """
+        named = [(name, source, path) for name, source, path in archives if source is not None]
+        failures: dict[str, BaseException] = {}
+
+        def check() -> None:
+            self._stop.check()
+            if failures:
+                raise _OtherFailed
+
+        def unpack(name: str, source: S3Location, destination: Path) -> None:
+            try:
+                check()
+                self._unpack(name, source, destination, check)
+            except BaseException as error:  # noqa: B036 - is raised below
+                failures[name] = error
+
+        threads = [threading.Thread(target=unpack, args=archive) for archive in named]
+        paths = [os.path.realpath(path) for *_, path in named]
+        are_apart = len(named) > 1 and os.path.commonpath(paths) not in paths
+        for thread, archive in zip(threads, named, strict=True):
+            if not (are_apart and _start(thread)):
+                unpack(*archive)
+        for thread in threads:
+            if thread.ident:
+                thread.join()
+        for error in (failures[name] for name, *_ in named if name in failures):
+            if not isinstance(error, _OtherFailed):
+                raise error
+
+    def _unpack(
+        self, name: str, source: S3Location, destination: Path, check: Callable[[], None]
+    ) -> None:
         """Stream a tar from the bucket into a directory that the user's command owns."""
-        if source is None:
-            return
         from shim.files.archives import extract_tar  # 6 ms
 
-        self._stop.check()
         self._log.info(f"Unpacking the {name} from {source} to {destination}")
         settings = self._settings
         try:
@@ -93,9 +133,7 @@ class Runtime:
                 closing_descriptor(open_directory(destination, mode=0o755, follow=True)) as there,
                 self._connect().open(source.bucket, source.key) as stream,
             ):
-                extract_tar(
-                    stream, there, user=user, warn=self._warn_author, check=self._stop.check
-                )
+                extract_tar(stream, there, user=user, warn=self._warn_author, check=check)
         except UserSafeError as error:
             self._log.error(f"Could not unpack the {name}: {error.__cause__ or error}")
             raise UserSafeError(f"Could not set up {name}: {error}") from error
@@ -114,6 +152,14 @@ class Runtime:
 
     def _leave(self, result: RuntimeSetupResult) -> None:
         leave_setup_result(self._settings, self._connect, result, self._log)
+
+
+def _start(thread: threading.Thread) -> bool:
+    try:
+        thread.start()
+    except RuntimeError:  # the system gives no more threads
+        return False
+    return True
 
 
 def leave_setup_result(

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import unquote
 
 from shim.aws.credentials import credential_provider
@@ -31,10 +30,11 @@ from shim.s3.checksums import checksum_policy, encode_crc32
 from shim.s3.crew import Crew
 from shim.s3.directory import DirectoryStore
 from shim.s3.documents import Page, parse_page
-from shim.s3.download import ObjectReader, download
+from shim.s3.download import download
 from shim.s3.endpoints import EndpointConfiguration
 from shim.s3.errors import S3ClientError
 from shim.s3.operations import Operation, Session, read_headers
+from shim.s3.reader import ObjectReader
 from shim.s3.retries import PERSISTENT_ATTEMPTS, configured_attempts
 from shim.s3.store import ObjectHead, ObjectSummary, Report, Store
 from shim.s3.upload import upload
@@ -153,7 +153,7 @@ class S3Client:
             operation, lambda response: parse_page(response.read(PAGE_LIMIT_BYTES))
         )
 
-    def open(self, bucket: str, key: str) -> BinaryIO:
+    def open(self, bucket: str, key: str) -> io.BufferedReader:
         """Open an object for reading in order; it is verified as its last byte is read."""
         return io.BufferedReader(ObjectReader(self._session, bucket, key).ask(), 1 << 18)
 

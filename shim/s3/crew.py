@@ -19,6 +19,16 @@ STACK_BYTES = 512 << 10  # RLIMIT_DATA counts stacks, and the default is 8 MiB
 _stack_size = threading.Lock()
 
 
+def start_thread(target: Callable[[], None]) -> None:
+    """Start a thread of a transfer; RuntimeError where the system gives none."""
+    with _stack_size:
+        previous = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=target, name="s3-transfer", daemon=True).start()
+        finally:
+            threading.stack_size(previous)
+
+
 class Abandoned(S3ClientError):
     """Another thread of the same work has failed: its error is the one to raise."""
 
@@ -142,15 +152,11 @@ class Crew:
             self._start_thread()
 
     def _start_thread(self) -> None:
-        with _stack_size:
-            previous = threading.stack_size(STACK_BYTES)
-            try:
-                threading.Thread(target=self._help, name="s3-transfer", daemon=True).start()
-                self._threads += 1
-            except RuntimeError:
-                self._concurrency = self._threads  # the system gives no more
-            finally:
-                threading.stack_size(previous)
+        try:
+            start_thread(self._help)
+            self._threads += 1
+        except RuntimeError:
+            self._concurrency = self._threads  # the system gives no more
 
     def _help(self) -> None:
         while work := self._next():

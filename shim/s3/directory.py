@@ -6,12 +6,12 @@ the key without them. Metadata of ROOT/bucket/key lie in ROOT/.metadata/bucket/k
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from shim.s3.buffers import borrow_buffer
 from shim.s3.crew import Crew
@@ -103,7 +103,7 @@ class DirectoryStore:
         for key, path in sorted(keys, key=lambda item: os.fsencode(item[0])):
             yield ObjectSummary(key=key, size=os.path.getsize(path))
 
-    def open(self, bucket: str, key: str) -> BinaryIO:
+    def open(self, bucket: str, key: str) -> io.BufferedReader:
         """Open an object for reading in order."""
         try:
             return self._path(bucket, key, "GetObject").open("rb")

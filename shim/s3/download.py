@@ -1,4 +1,4 @@
-"""Whole objects to files and to a reader.
+"""Whole objects to files.
 
 The first GET asks for everything and streams from the start; of a large object, other threads take
 parts from the end until they meet. No HEAD is needed, and a small object costs one request.
@@ -14,14 +14,12 @@ Rule 4: an object that changes under way, or arrives damaged, is fetched once mo
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import threading
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
 
 from shim.http.connection import Response
 from shim.http.errors import TransportError
@@ -32,7 +30,6 @@ from shim.s3.crew import MOST_HELPERS, Crew, Work
 from shim.s3.errors import IntegrityError, ObjectChanged, S3ClientError, ServiceError
 from shim.s3.operations import Operation, Session
 from shim.s3.pace import Pace
-from shim.s3.retries import RESUMES
 
 SMALLEST_PART_BYTES = 8 << 20
 LARGEST_PART_BYTES = 64 << 20
@@ -43,7 +40,7 @@ UNKNOWN_BYTES = 1 << 62  # the size of an object whose end only its body tells
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
-class _Version:
+class Version:
     """The object as the first answer described it; later ones must agree.
 
     size: None until an answer tells it, or the end of one that does not.
@@ -137,7 +134,7 @@ class _Range:
     takes_whole = False  # and leaves aside what comes before position
 
     def __init__(
-        self, version: _Version, fd: int, start: int, stop: int, call_for_help: Callable[[], None]
+        self, version: Version, fd: int, start: int, stop: int, call_for_help: Callable[[], None]
     ) -> None:
         self.version, self._fd, self._call_for_help = version, fd, call_for_help
         self.start = self.position = start
@@ -181,7 +178,7 @@ class _Whole(_Range):
 
     takes_whole = True
 
-    def __init__(self, session: Session, version: _Version, fd: int, crew: Crew) -> None:
+    def __init__(self, session: Session, version: Version, fd: int, crew: Crew) -> None:
         super().__init__(version, fd, 0, 0, self._widen)
         self._session, self._crew = session, crew
         self._first = self._end = 0  # of the bytes that nobody has taken
@@ -297,7 +294,7 @@ def _download_once(
     session: Session, bucket: str, key: str, directory: int, name: str, crew: Crew
 ) -> None:
     temporary = f".{os.urandom(12).hex()}.part"
-    version = _Version(bucket, key)
+    version = Version(bucket, key)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(temporary, flags, FILE_MODE, dir_fd=directory)
     try:
@@ -313,77 +310,3 @@ def _download_once(
         raise
     finally:
         os.close(fd)
-
-
-class ObjectReader(io.RawIOBase):
-    """An object read in order, resumed where it breaks off.
-
-    The checksum is compared with the last byte: IntegrityError instead of it.
-    """
-
-    def __init__(self, session: Session, bucket: str, key: str) -> None:
-        super().__init__()
-        self._session, self._version = session, _Version(bucket, key)
-        self.position = self._breaks = 0
-        self._response: Response | None = None
-
-    def ask(self) -> ObjectReader:
-        """Send the request, so that an object which is missing is known at once; return self."""
-        self._response = self._session.perform(self)
-        self._checksum = self._session.checksum(self._version.headers)
-        return self
-
-    def prepare(self) -> Operation:
-        """Ask for what is still to be read."""
-        return self._version.operation(self.position, self._version.size or 0)
-
-    def consume(self, response: Response) -> Response:
-        """Keep the answer, to read from it later."""
-        first = self._version.check(response, self.position, self._version.size or 0)
-        if first < self.position:
-            with borrow_buffer() as buffer:
-                self._version.skip(
-                    lambda limit: response.receive(limit, buffer), self.position - first
-                )
-        return response
-
-    def readable(self) -> bool:
-        """Say yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read at least a byte, 0 at the end."""
-        self._session.check()
-        view = memoryview(buffer).cast("B")
-        if self.position == self._version.size or not view:
-            return 0
-        piece = self._receive(view)
-        if piece.obj is not view.obj:
-            view[: len(piece)] = piece
-        self.position += len(piece)
-        self._checksum.update(piece)
-        if self.position == self._version.size:
-            self._checksum.verify(self._version.uri)
-        return len(piece)
-
-    def _receive(self, view: memoryview) -> memoryview:
-        while True:
-            assert self._response is not None
-            try:
-                piece = self._response.receive(len(view), view)
-                if not piece:
-                    self._version.end(self.position)
-                return piece
-            except TransportError as error:
-                self._breaks += 1
-                if self._breaks > RESUMES:
-                    raise
-                self._session.finish(self._response)
-                self._session.wait(error, self._breaks, f"The stream of {self._version.uri}")
-                self._response = self._session.perform(self)
-
-    def close(self) -> None:
-        """Give the connection back, or up where there is more to read."""
-        if not self.closed and self._response is not None:
-            self._session.finish(self._response)
-        super().close()

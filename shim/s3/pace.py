@@ -19,15 +19,15 @@ class Pace:
     """Receives a large body, and calls for help while the server is the slower one."""
 
     def __init__(
-        self, response: Response, buffer: memoryview, call_for_help: Callable[[], None]
+        self, response: Response, buffer: memoryview | None, call_for_help: Callable[[], None]
     ) -> None:
         self._response, self._buffer, self._call_for_help = response, buffer, call_for_help
         self._all = self._awaited = 0
 
-    def receive(self, limit: int) -> memoryview:
-        """Return at most limit of the next bytes, valid until the next call."""
+    def receive(self, limit: int, into: memoryview | None = None) -> memoryview:
+        """Return at most limit of the next bytes, valid until the next call; into: as above."""
         is_early = self._response.connection.unread_bytes() < QUEUE_BYTES
-        piece = self._response.receive(limit, self._buffer)
+        piece = self._response.receive(limit, into or self._buffer)
         self._all += len(piece)
         self._awaited += len(piece) if is_early else 0
         if self._all >= WINDOW_BYTES:

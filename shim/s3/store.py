@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from shim.s3.crew import Crew
 
@@ -40,7 +41,7 @@ class Store(Protocol):
     def list(self, bucket: str, prefix: str) -> Iterator[ObjectSummary]:
         """Yield what lies below a prefix, in the order of keys."""
 
-    def open(self, bucket: str, key: str) -> BinaryIO:
+    def open(self, bucket: str, key: str) -> io.BufferedReader:
         """Open an object for reading in order."""
 
     def download(self, bucket: str, key: str, directory: int, name: str, *, crew: Crew) -> None:

@@ -461,13 +461,13 @@ class Stream:
         self._failure = failure
         self.at_end = False
 
-    def read(self, size: int = -1, /) -> bytes:
-        data = self._data.read(min(size, self._step) if size >= 0 else self._step)
-        if not data:
+    def readinto(self, buffer: Any, /) -> int:
+        count = self._data.readinto(memoryview(buffer)[: self._step])
+        if not count:
             self.at_end = True
             if self._failure is not None:
                 raise self._failure
-        return data
+        return count
 
 
 def unpack(data: bytes, dest: Path, *, warnings: Sequence[str] = (), **options: Any) -> Stream:

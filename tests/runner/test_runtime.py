@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,29 @@ class IdleMode:
     def teardown(self) -> None: ...
 
 
+class Opens:
+    """A store that notes what is opened in it; barrier: what each of them waits at."""
+
+    def __init__(self, path: Path) -> None:
+        self.store, self.keys = DirectoryStore(path), list[str]()
+        self.barrier = threading.Barrier(1)
+        self.put = self.store.put
+
+    def open(self, bucket: str, key: str) -> io.BufferedReader:
+        self.keys.append(key)
+        self.barrier.wait()
+        return self.store.open(bucket, key)
+
+
 @pytest.fixture
-def set_up(tmp_path: Path) -> Iterator[SetUp]:
+def opens(tmp_path: Path) -> Opens:
+    return Opens(tmp_path / "store")
+
+
+@pytest.fixture
+def set_up(tmp_path: Path, opens: Opens) -> Iterator[SetUp]:
     """Return what runs a set-up with a model and a ground truth."""
-    store = DirectoryStore(tmp_path / "store")
+    store: Any = opens
     for name in ("model", "truth"):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
@@ -120,3 +140,36 @@ def test_links_that_the_image_has_are_followed(tmp_path: Path, set_up: SetUp) ->
     assert set_up()
     assert "model" == (tmp_path / "data/models/model/file").read_text()
     assert "truth" == (tmp_path / "data/ml/input/data/ground_truth/truth/file").read_text()
+
+
+def test_model_and_ground_truth_come_at_once(tmp_path: Path, set_up: SetUp, opens: Opens) -> None:
+    """Each waits for the other one here."""
+    opens.barrier = threading.Barrier(2, timeout=10)
+    assert set_up()
+
+
+@pytest.mark.parametrize("inner", ["MODEL", "GROUND_TRUTH"])
+def test_what_lies_in_the_other_comes_later(
+    tmp_path: Path, set_up: SetUp, opens: Opens, inner: str
+) -> None:
+    outer = {"MODEL": "GROUND_TRUTH", "GROUND_TRUTH": "MODEL"}[inner]
+    (tmp_path / "link").symlink_to("opt")
+    assert set_up(**{
+        f"{outer}_DEST": tmp_path / "opt/all",
+        f"{inner}_DEST": tmp_path / "link/all/x",
+    })  # fmt: skip
+    assert ["model.tar", "truth.tar"] == opens.keys
+    assert (tmp_path / "opt/all/x").is_dir()
+
+
+@pytest.mark.parametrize("broken", [["model"], ["truth"], ["model", "truth"]])
+def test_the_first_failure_is_told_and_ends_the_other(
+    tmp_path: Path, set_up: SetUp, opens: Opens, broken: list[str]
+) -> None:
+    for name in broken:
+        opens.store.put("b", f"{name}.tar", b"\x1f\x8bdamaged")
+    if len(broken) == 2:
+        opens.barrier = threading.Barrier(2, timeout=10)
+    assert not set_up()
+    name = {"model": "model", "truth": "ground truth"}[broken[0]]
+    assert f"Could not set up {name}: Tarfile could not be extracted" == message(tmp_path)
