@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable
 
-from shim.contract.errors import ShimError
 from shim.http.connection import Connection, Request
 from shim.http.errors import TransportError
 from shim.http.stream import SocketStream
@@ -25,15 +24,15 @@ SLICE_SECONDS = 0.05
 REST_SECONDS = 1.0
 
 
-class CannotConnect(ShimError):
+class CannotConnect(TransportError):
     """Nobody listens on the port."""
 
 
-class BrokenAnswer(ShimError):
-    """What came back, if anything did, is not HTTP, or not all of it."""
+class TimedOut(TransportError):
+    """The time limit of the exchange is over."""
 
 
-class Abandoned(ShimError):
+class Abandoned(TransportError):
     """The wait was given up before the answer had ended."""
 
 
@@ -49,7 +48,8 @@ def exchange(
 
     - is_abandoned: looked at again and again; what has come already still counts
 
-    Raises TimeoutError, CannotConnect, BrokenAnswer, and Abandoned when is_abandoned() says so.
+    Raises CannotConnect, TimedOut, Abandoned when is_abandoned() says so, and TransportError where
+    what came back, if anything did, is not HTTP, or not all of it.
     """
     deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
     try:
@@ -64,7 +64,7 @@ def exchange(
             nonlocal rest_until
             now = time.monotonic()
             if now >= deadline:
-                raise _TimedOut
+                raise TimedOut
             if is_abandoned():
                 rest_until = min(rest_until, now + REST_SECONDS)
                 if now >= rest_until or not connection.is_readable():
@@ -81,16 +81,7 @@ def exchange(
             read_seconds=math.inf,
             check=check,
         )
-        try:
-            response = connection.exchange(request, request.head())
-            while response.receive():
-                pass
-            return response.status
-        except _TimedOut:
-            raise TimeoutError from None
-        except TransportError as error:
-            raise BrokenAnswer(str(error)) from error
-
-
-class _TimedOut(TransportError):
-    """The time limit of the exchange is over."""
+        response = connection.exchange(request, request.head())
+        while response.receive():
+            pass
+        return response.status

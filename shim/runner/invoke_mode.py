@@ -12,7 +12,8 @@ from datetime import timedelta
 from shim.contract.errors import UserSafeError
 from shim.contract.settings import Settings
 from shim.contract.tasks import InferenceTask
-from shim.http.loopback import Abandoned, BrokenAnswer, CannotConnect, exchange
+from shim.http.errors import TransportError
+from shim.http.loopback import CannotConnect, TimedOut, exchange
 from shim.log.log import Log
 from shim.log.relay import Relay
 from shim.process.process import Process
@@ -150,7 +151,7 @@ class InvokeMode:
                 timeout_seconds=min(call, deadline - self._clock()),
                 is_abandoned=self._is_abandoned,
             )
-        except (CannotConnect, BrokenAnswer, Abandoned, TimeoutError) as error:
+        except TransportError as error:
             self._log.debug(f"No answer from /health: {error!r}")
             return None
         if 300 <= status < 400:
@@ -168,9 +169,9 @@ class InvokeMode:
                 timeout_seconds=None if task.timeout is None else task.timeout.total_seconds(),
                 is_abandoned=self._is_abandoned,
             )
-        except TimeoutError:
+        except TimedOut:
             return 1, TIME_LIMIT_MESSAGE, False
-        except (CannotConnect, BrokenAnswer, Abandoned) as error:
+        except TransportError as error:
             message = CONNECT_MESSAGE if isinstance(error, CannotConnect) else HTTP_MESSAGE
             self._log.error(f"{message}: {error}")
             # Connections are closed some time before the process that held them has ended.
