@@ -90,9 +90,13 @@ class Request(urllib.request.Request):
         self.check, self.proxied = check, proxied
         self.route = (scheme, host, port, proxied)
 
-    def head(self) -> bytes:
-        """Write the request line and the header fields."""
-        lines = [f"{self.method} {self.target} HTTP/1.1"]
+    def head(self, *, prefix: str = "", authorization: str = "") -> bytes:
+        """Write the request line and the header fields.
+
+        prefix, authorization: what a proxy wants before the target, and of whom it wants it.
+        """
+        lines = [f"{self.method} {prefix}{self.target} HTTP/1.1"]
+        lines += [f"proxy-authorization: {authorization}"] * bool(authorization)
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         if self.body is not None:
             size = len(self.body) if isinstance(self.body, bytes) else self.body.size
@@ -148,7 +152,7 @@ class Connection:
     def exchange(self, request: Request, head: bytes) -> Response:
         """Send a request and read the head of its answer."""
         is_kept, self.state = self.state is State.IDLE, State.BUSY
-        self._sock.ask(request.check)
+        self._sock.check = request.check
         self.read_seconds = request.read_seconds
         is_sent = self._send_request(head, request.body)
         self._sock.limit(self.read_seconds, "The head of the answer")
@@ -178,18 +182,14 @@ class Connection:
 
     def _send_request(self, head: bytes, body: bytes | Body | None) -> bool:
         """Send all of it; false when the server answered, or went away, before."""
-        if body is None:
-            return self._send(head)
-        if isinstance(body, bytes):
+        if body is None or isinstance(body, bytes):
+            body = body or b""
             if len(body) <= ONE_PACKET_BYTES:
                 return self._send(head + body)
             return self._send(head) and self._send(body)
-        is_sent = self._send(head)
-        for block in body.blocks():
-            is_sent = is_sent and not self._has_answer() and self._send(block)
-            if not is_sent:
-                break
-        return is_sent
+        return self._send(head) and all(
+            not self._has_answer() and self._send(block) for block in body.blocks()
+        )
 
     def _send(self, data: bytes | memoryview) -> bool:
         view, silent_seconds = memoryview(data), 0.0

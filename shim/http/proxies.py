@@ -7,28 +7,16 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from binascii import b2a_base64
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from shim.http.errors import SettingInvalid
-from shim.http.urls import parse_proxy
+from shim.http.urls import Url, parse_proxy
 
 PROXY_FORM = "http://host:port or https://host:port, with user:password@ before the host or not"
 # An entry of no_proxy: [ADDRESS]:PORT or NAME:PORT, the port may be missing; or an IPv6 address.
 _BYPASS = re.compile(
     r"(?:\[(?P<address>[^]]*)\]|(?P<name>[^:]*))(?::(?P<port>[0-9]+))?|(?P<bare>[^:]*:[^:]*:.*)"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Proxy:
-    """Where to connect to instead of the request's own host; scheme: how to talk to the proxy."""
-
-    host: str
-    port: int
-    authorization: str = field(default="", repr=False)
-    scheme: str = "http"
 
 
 class Proxies:
@@ -48,9 +36,7 @@ class Proxies:
             names.pop("http", None)  # in a CGI program HTTP_PROXY is a header field of the client's
         self._bypassed = environ[names.pop("no")].replace(",", " ").split() if "no" in names else []
         self._proxies = {
-            scheme: _build_proxy(name, environ[name])
-            for scheme, name in names.items()
-            if environ[name]
+            scheme: _parse(name, environ[name]) for scheme, name in names.items() if environ[name]
         }
 
     @property
@@ -58,26 +44,22 @@ class Proxies:
         """Whether one of them is talked to over TLS."""
         return any(proxy.scheme == "https" for proxy in self._proxies.values())
 
-    def resolve(self, *, scheme: str, host: str, port: int) -> Proxy | None:
-        """Return the proxy for a host, or None to go there directly."""
+    def resolve(self, *, scheme: str, host: str, port: int) -> Url | None:
+        """Return the proxy for a host, or None to go there directly.
+
+        The proxy's own scheme says how to talk to it.
+        """
         proxy = self._proxies.get(scheme)
         if proxy is None or _is_near(host):
             return None
         return None if any(_covers(entry, host, port) for entry in self._bypassed) else proxy
 
 
-def _build_proxy(name: str, text: str) -> Proxy:
+def _parse(name: str, text: str) -> Url:
     try:
-        url = parse_proxy(text)
+        return parse_proxy(text)
     except ValueError:
         raise SettingInvalid(name, expected=PROXY_FORM, found=text) from None
-    login = b"" if url.login is None else b2a_base64(url.login, newline=False)
-    return Proxy(
-        host=url.host,
-        port=url.port,
-        authorization=f"Basic {login.decode()}" if login else "",
-        scheme=url.scheme,
-    )
 
 
 def _covers(entry: str, host: str, port: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 import time
@@ -29,7 +30,7 @@ class SocketStream:
     """The methods of a socket that a connection needs; before each the caller may end it.
 
     No call blocks for longer than a tick: it raises BlockingIOError, and may be made again.
-    check(): raises what should end the wait.
+    check(): raises what should end the wait; another may take its place.
     """
 
     def __init__(
@@ -39,10 +40,9 @@ class SocketStream:
         *,
         tick_seconds: float = TICK_SECONDS,
     ) -> None:
-        self._sock, self._check, self.tick_seconds = sock, check, tick_seconds
+        self._sock, self.check, self.tick_seconds = sock, check, tick_seconds
         self.fileno, self.close, self.settimeout = sock.fileno, sock.close, sock.settimeout
-        self._deadline = self._seconds = 0.0
-        self._limited = ""
+        self.stop_limiting()
         self.set_tick()
 
     def set_tick(self) -> None:
@@ -53,32 +53,27 @@ class SocketStream:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._sock.setsockopt(socket.SOL_SOCKET, option, tick)
 
-    def ask(self, check: Callable[[], None]) -> None:
-        """Let somebody else end the waits from now on."""
-        self._check = check
-
     def limit(self, seconds: float, name: str) -> None:
         """Allow what begins now so much time; name: of that, for messages."""
-        self._deadline, self._seconds, self._limited = time.monotonic() + seconds, seconds, name
+        self._deadline = time.monotonic() + seconds
+        self._too_late = f"{name} took over {seconds:g} s"
 
     def stop_limiting(self) -> None:
         """Allow any time again."""
-        self._limited = ""
+        self._deadline = math.inf
 
     def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
         """Receive as a socket does. TransportError after the time limit."""
-        self._check()
-        if self._limited:
-            self._refuse_if_late()
+        self._ask()
         return self._sock.recv_into(view, nbytes, flags)
 
     def send(self, view: memoryview) -> int:
         """Send as a socket does. TransportError after the time limit."""
-        self._check()
-        if self._limited:
-            self._refuse_if_late()
+        self._ask()
         return self._sock.send(view)
 
-    def _refuse_if_late(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise TransportError(f"{self._limited} took over {self._seconds:g} s")
+    def _ask(self) -> None:
+        """Say whether it may go on, by raising what ends it."""
+        self.check()
+        if self._deadline < math.inf and time.monotonic() > self._deadline:
+            raise TransportError(self._too_late)

@@ -15,16 +15,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from urllib.request import BaseHandler, OpenerDirector
 
 from shim.http.connection import CONNECT_SECONDS, Connection, Request, Response, State
 from shim.http.errors import CertificateError, StaleConnection, TransportError
-from shim.http.proxies import Proxies, Proxy
+from shim.http.proxies import Proxies
 from shim.http.stream import SLICE_SECONDS, SocketStream
 from shim.http.tls import TlsStream
 from shim.http.trust import Trust
-from shim.http.urls import parse_url
+from shim.http.urls import Url, parse_url
 
 RESOLVED_SECONDS = 5.0  # S3 answers with a few of its many addresses, and changes them
 KEEPALIVE_IDLE_SECONDS = 30  # gateways forget connections that are silent for 350 s
@@ -45,10 +46,10 @@ class Transport:
 
     def __init__(self, *, proxies: Proxies, trust: Trust, max_connections: int) -> None:
         """max_connections: how many are kept for another use, at most."""
-        self._proxies, self.trust, self._max_idle = proxies, trust, max_connections
+        self.trust, self._max_idle = trust, max_connections
+        self._resolve_proxy = cache(proxies.resolve)
         self._idle: dict[object, list[Connection]] = {}
         self._idle_count = 0
-        self._proxy_of: dict[tuple[str, str, int], Proxy | None] = {}
         self._addresses: dict[tuple[str, int], tuple[float, list[Any]]] = {}
         self._lock = threading.Lock()
         self._opener = OpenerDirector()
@@ -129,24 +130,18 @@ class Transport:
                 continue  # the next kept connection, or a new one
 
     def _exchange(self, request: Request) -> Response:
-        proxy = self._proxy(request) if request.proxied else None
+        scheme, host, port, is_proxied = request.route
+        proxy = self._resolve_proxy(scheme=scheme, host=host, port=port) if is_proxied else None
         connection = self._reuse(request) or self._connect(request, proxy)
         try:
             head = request.head()
-            if proxy and request.type == "http":
-                head = _via_proxy(head, f"http://{request.headers['host']}", proxy)
+            if proxy and scheme == "http":
+                prefix = f"http://{request.headers['host']}"
+                head = request.head(prefix=prefix, authorization=proxy.authorization)
             return connection.exchange(request, head)
         except BaseException:
             connection.close()
             raise
-
-    def _proxy(self, request: Request) -> Proxy | None:
-        origin = (request.type, request.hostname, request.port)
-        if origin not in self._proxy_of:
-            self._proxy_of[origin] = self._proxies.resolve(
-                scheme=request.type, host=request.hostname, port=request.port
-            )
-        return self._proxy_of[origin]
 
     def _reuse(self, request: Request) -> Connection | None:
         while True:
@@ -160,7 +155,7 @@ class Transport:
                 return connection
             connection.close()
 
-    def _connect(self, request: Request, proxy: Proxy | None) -> Connection:
+    def _connect(self, request: Request, proxy: Url | None) -> Connection:
         deadline = time.monotonic() + request.connect_seconds
         where = (proxy.host, proxy.port) if proxy else (request.hostname, request.port)
         try:
@@ -197,21 +192,12 @@ class Transport:
         addresses = [*preferred[1:], *preferred[:1], *others]
         self._addresses[key] = (expires, addresses)
         failure: OSError = OSError(f"{host} has no address")
-        for index, (family, kind, protocol, _, address) in enumerate(addresses):
-            sock = socket.socket(family, kind, protocol)
+        for index, address in enumerate(addresses):
+            share = (deadline - time.monotonic()) / (len(addresses) - index)
             try:
-                share = (deadline - time.monotonic()) / (len(addresses) - index)
-                _connect_in_time(sock, address, max(0.5, share), check)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
-                return sock
+                return _connect_in_time(address, max(0.5, share), check)
             except OSError as error:
-                sock.close()
                 failure = error
-            except BaseException:
-                sock.close()
-                raise
         raise failure
 
     def _secure(
@@ -242,30 +228,20 @@ class _KeepAliveHandler(BaseHandler):
         self.http_open = self.https_open = exchange
 
 
-def _via_proxy(head: bytes, prefix: str, proxy: Proxy) -> bytes:
-    """Turn a request's head into the absolute form that a proxy wants."""
-    line, _, rest = head.partition(b"\r\n")
-    method, _, target = line.partition(b" ")
-    login = f"proxy-authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
-    return b"%b %b%b\r\n%b%b" % (method, prefix.encode(), target, login.encode(), rest)
-
-
-def _open_tunnel(connection: Connection, request: Request, proxy: Proxy) -> None:
+def _open_tunnel(connection: Connection, request: Request, proxy: Url) -> None:
     target = f"{request.hostname}:{request.port}"
-    headers = {"host": target}
-    if proxy.authorization:
-        headers["proxy-authorization"] = proxy.authorization
     connect = Request(
         method="CONNECT",
         scheme="http",
         host=proxy.host,
         port=proxy.port,
         target=target,
-        headers=headers,
+        headers={"host": target},
         read_seconds=request.connect_seconds,
         check=request.check,
     )
-    response = connection.exchange(connect, connect.head())
+    head = connect.head(authorization=proxy.authorization)
+    response = connection.exchange(connect, head)
     if response.status != 200:
         raise TransportError(
             f"The proxy {proxy.host}:{proxy.port} refused a connection to {target}: "
@@ -309,20 +285,28 @@ def _look_up_in_time(host: str, port: int, deadline: float, check: Callable[[], 
     return found
 
 
-def _connect_in_time(
-    sock: socket.socket, address: Any, seconds: float, check: Callable[[], None]
-) -> None:
-    """Connect, unless the time is over or the caller cancels before."""
+def _connect_in_time(found: Any, seconds: float, check: Callable[[], None]) -> socket.socket:
+    """Connect to what was looked up, unless the time is over or the caller cancels before."""
     deadline, poll = time.monotonic() + seconds, select.poll()
-    sock.setblocking(False)
-    error = sock.connect_ex(address)
-    poll.register(sock, select.POLLOUT)
-    while error == errno.EINPROGRESS:
-        _wait_on(deadline, check)
-        if poll.poll(SLICE_SECONDS * 1000):
-            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, os.strerror(error))
+    family, kind, protocol, _, address = found
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        error = sock.connect_ex(address)
+        poll.register(sock, select.POLLOUT)
+        while error == errno.EINPROGRESS:
+            _wait_on(deadline, check)
+            if poll.poll(SLICE_SECONDS * 1000):
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _wait_on(deadline: float, check: Callable[[], None]) -> None:

@@ -53,8 +53,7 @@ class Trust:
         self._is_chosen = bool(chosen)
         self._bundles = chosen or [*list(found)[:1], *filter(None, [carried_bundle])]
         self._directories = environ.get("SSL_CERT_DIR", "")
-        self._context: ssl.SSLContext | None = None
-        self._failure: CertificateError | None = None
+        self._loaded: ssl.SSLContext | CertificateError | None = None
         self._lock = threading.Lock()
 
     @property
@@ -65,15 +64,14 @@ class Trust:
     def context(self) -> ssl.SSLContext:
         """Return the one context of this process; what the first call cannot read, none can."""
         with self._lock:
-            if self._context is None and self._failure is None:
+            if self._loaded is None:
                 try:
-                    self._context = self._load()
+                    self._loaded = self._load()
                 except CertificateError as error:
-                    self._failure = error
-            if self._context is None:
-                assert self._failure is not None
-                raise self._failure
-            return self._context
+                    self._loaded = error
+            if isinstance(self._loaded, CertificateError):
+                raise self._loaded
+            return self._loaded
 
     def _is_protected(self, path: str) -> bool:
         try:

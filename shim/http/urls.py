@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from binascii import b2a_base64
 from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
@@ -28,13 +29,16 @@ _PROXY = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Url:
-    """host: in lower case, IPv6 without brackets; target: path and query; login: of a proxy."""
+    """host: in lower case, IPv6 without brackets; target: path and query.
+
+    authorization: a header field for a proxy, "" where no login is given.
+    """
 
     scheme: str
     host: str
     port: int
     target: str = field(default="", repr=False)
-    login: bytes | None = field(default=None, repr=False)
+    authorization: str = field(default="", repr=False)
 
     @property
     def netloc(self) -> str:
@@ -63,12 +67,12 @@ def parse_proxy(text: str) -> Url:
     if match is None or scheme not in PORTS:
         raise ValueError
     host, port = _parse_server(match["server"], PORTS[scheme])
-    login = match["login"]
-    if login is None:
-        return Url(scheme=scheme, host=host, port=port)
-    user, _, password = login.partition(":")
-    decoded = unquote_to_bytes(os.fsencode(f"{user}:{password}"))
-    return Url(scheme=scheme, host=host, port=port, login=decoded)
+    authorization = ""
+    if match["login"] is not None:
+        user, _, password = match["login"].partition(":")
+        login = unquote_to_bytes(os.fsencode(f"{user}:{password}"))
+        authorization = f"Basic {b2a_base64(login, newline=False).decode()}"
+    return Url(scheme=scheme, host=host, port=port, authorization=authorization)
 
 
 def _parse_server(text: str, default_port: int) -> tuple[str, int]:
