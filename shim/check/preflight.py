@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,7 +42,6 @@ MOST_PREFIXES = 20
 USUAL_SHARED_MEMORY_BYTES = 65_536_000
 SHARED_MEMORY = Path("/dev/shm")
 UNREADABLE = "check the key, and that the credentials may read it"
-MOUNTS = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Finding:
         return f"{self.level:8} {self.subject:13} {self.message}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Situation:
     """What the run would start with; `read_tasks` is None where no task list is given.
 
@@ -95,13 +94,7 @@ def examine(
         return
     if cmd:
         settings = replace(settings, entrypoint=None, cmd=cmd)
-    situation = Situation(
-        settings=settings,
-        environ=environ,
-        connect=connect,
-        read_tasks=read_tasks,
-        is_read_only=is_read_only,
-    )
+    situation = Situation(settings, environ, connect, read_tasks, is_read_only)
     for check in CHECKS:
         try:
             yield from check(situation)
@@ -112,13 +105,8 @@ def examine(
 
 def write_finding(finding: Finding, log: Log) -> None:
     """Write a finding as a line for people, or as the shim's own line of its level."""
-    message = " ".join(finding.message.splitlines())
-    if log.is_text:
-        line = f"{replace(finding, message=message)}\n"
-        log.write("stdout", line.encode("utf-8", "backslashreplace"))
-    else:
-        level = LOG_LEVELS[finding.level]
-        log.lines([f"{finding.subject}: {message}"], level=level, internal=True, task=None)
+    line = replace(finding, message=" ".join(finding.message.splitlines()))
+    _write(str(line), f"{line.subject}: {line.message}", LOG_LEVELS[line.level], log)
 
 
 def write_verdict(findings: Sequence[Finding], log: Log) -> None:
@@ -127,10 +115,14 @@ def write_verdict(findings: Sequence[Finding], log: Log) -> None:
         (sum(finding.level == level for finding in findings), level) for level in (ERROR, WARNING)
     ]
     verdict = ", ".join(f"{count} {level}{'s' * (count != 1)}" for count, level in counts)
+    _write(verdict, verdict, "INFO", log)
+
+
+def _write(text: str, message: str, level: str, log: Log) -> None:
     if log.is_text:
-        log.write("stdout", f"{verdict}\n".encode())
+        log.write("stdout", f"{text}\n".encode("utf-8", "backslashreplace"))
     else:
-        log.info(verdict)
+        log.lines([message], level=level, internal=True, task=None)
 
 
 def check_variables(environ: Mapping[str, str]) -> Generator[Finding, None, Settings | None]:
@@ -155,13 +147,10 @@ def check_privileges(_: Situation) -> Iterator[Finding]:
     """Look whether the shim may do what the platform lets it do."""
     if os.geteuid() == 0:
         yield Finding(OK, "privileges", "the shim runs as root")
-        return
-    yield Finding(
-        WARNING,
-        "privileges",
-        f"the shim runs as uid {os.geteuid()} and can neither switch users nor make the "
-        "directories of the platform: start the container as root",
-    )
+    else:
+        message = f"the shim runs as uid {os.geteuid()} and can neither switch users nor make the "
+        message += "directories of the platform: start the container as root"
+        yield Finding(WARNING, "privileges", message)
 
 
 def check_user(situation: Situation) -> Iterator[Finding]:
@@ -173,11 +162,10 @@ def check_user(situation: Situation) -> Iterator[Finding]:
         message = f"{error}, found {wanted!r}: create it in the image, or name another"
         yield Finding(ERROR, "user", message)
         return
-    if user == User():
-        yield Finding(OK, "user", f"none is set: the command runs as uid {os.geteuid()}")
-        return
     groups = ", ".join(map(str, user.groups))
     message = f"{wanted!r} is uid {user.uid}, gid {user.gid}, groups {groups}, home {user.home!r}"
+    if user == User():
+        message = f"none is set: the command runs as uid {os.geteuid()}"
     yield Finding(OK, "user", message)
 
 
@@ -186,10 +174,9 @@ def check_argv(situation: Situation) -> Iterator[Finding]:
     settings = situation.settings
     try:
         argv = resolve_argv(entrypoint=settings.entrypoint, cmd=settings.cmd)
+        yield Finding(OK, "argv", f"{list(argv)}")
     except UserSafeError as error:
         yield Finding(ERROR, "argv", f"{error}: set one of them, or give a command after --")
-        return
-    yield Finding(OK, "argv", f"{list(argv)}")
 
 
 def check_command(situation: Situation) -> Iterator[Finding]:
@@ -210,8 +197,7 @@ def check_command(situation: Situation) -> Iterator[Finding]:
     machine = os.uname().machine
     message = f"the user may execute {spec.argv[0]!r}, a program for this machine ({machine})"
     yield Finding(OK, "command", message)
-    fault = find_fault(spec.argv, path=path, user=_find_user(situation))
-    if fault:
+    if fault := find_fault(spec.argv, path=path, user=spec.user):
         yield Finding(ERROR, "command", fault)
 
 
@@ -236,31 +222,25 @@ def check_output(situation: Situation) -> Iterator[Finding]:
     yield from _judge("output", path, obstacle, "can be emptied or made")
     user = _find_user(situation)
     if path.is_dir() and not may_make_files(path.stat(), user):
-        yield Finding(
-            WARNING,
-            "output",
-            f"{path} is there, and not writable for uid {user.uid}: "
-            "remove it from the image, or let the user write into it (chmod)",
-        )
+        advice = "remove it from the image, or let the user write into it (chmod)"
+        message = f"{path} is there, and not writable for uid {user.uid}: {advice}"
+        yield Finding(WARNING, "output", message)
 
 
 def check_writable(situation: Situation) -> Iterator[Finding]:
     """Look at the writable directories, where the run only warns, and those of archives."""
     settings = situation.settings
-    obstacles = {}
-    for path in settings.writable_directories:
-        obstacles[path] = WARNING, _find_obstacle(path)
-    for source, path in (
-        (settings.model, settings.model_dest),
-        (settings.ground_truth, settings.ground_truth_dest),
-    ):
-        if source is not None:
-            obstacles[path] = ERROR, _find_obstacle(path)
-    for path, (level, obstacle) in obstacles.items():
-        if obstacle:
-            message = f"{path} cannot be made writable: {obstacle}"
-            yield Finding(level, "writable", message)
-    good = [str(path) for path, (_, obstacle) in obstacles.items() if not obstacle]
+    levels = dict.fromkeys(settings.writable_directories, WARNING)
+    if settings.model is not None:
+        levels[settings.model_dest] = ERROR
+    if settings.ground_truth is not None:
+        levels[settings.ground_truth_dest] = ERROR
+    good = []
+    for path, level in levels.items():
+        if obstacle := _find_obstacle(path):
+            yield Finding(level, "writable", f"{path} cannot be made writable: {obstacle}")
+        else:
+            good.append(str(path))
     if good:
         yield Finding(OK, "writable", f"can be made or are there: {', '.join(good)}")
 
@@ -272,9 +252,8 @@ def check_temporary(situation: Situation) -> Iterator[Finding]:
     is_made = path in situation.settings.writable_directories
     if path.is_dir() and (is_made or may_make_files(path.stat(), user)):
         free = os.statvfs(path)
-        yield Finding(
-            OK, "temporary", f"{path} has {free.f_bavail * free.f_frsize // MIB} MiB free"
-        )
+        free_mib = free.f_bavail * free.f_frsize // MIB
+        yield Finding(OK, "temporary", f"{path} has {free_mib} MiB free")
     elif not is_made:
         message = f"{path} is no directory that uid {user.uid} can write into"
         yield Finding(WARNING, "temporary", f"{message}: make it (chmod 1777), or set TMPDIR")
@@ -288,23 +267,20 @@ def check_shared_memory(_: Situation, path: Path = SHARED_MEMORY) -> Iterator[Fi
         return
     file_system = os.statvfs(path)
     size = file_system.f_blocks * file_system.f_frsize
-    if 0 < size < USUAL_SHARED_MEMORY_BYTES:
-        yield Finding(WARNING, "shared memory", f"{path} has {size // MIB} MiB: {advice}")
-        return
-    yield Finding(OK, "shared memory", f"{path} has {size // MIB} MiB")
+    is_small = 0 < size < USUAL_SHARED_MEMORY_BYTES
+    level, rest = (WARNING, f": {advice}") if is_small else (OK, "")
+    yield Finding(level, "shared memory", f"{path} has {size // MIB} MiB{rest}")
 
 
 def check_memory(situation: Situation, cgroup: MemoryEvents | None = None) -> Iterator[Finding]:
     """Compare the limit for the command with the memory of the machine and of the cgroup."""
     wanted_mib = situation.settings.max_memory_mb
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = (cgroup or MemoryEvents()).read_limit_bytes() or machine
-    there = f"{min(machine, limit) // MIB} MiB that are there"
-    if wanted_mib * MIB > min(machine, limit):
-        message = (
-            f"the limit of {wanted_mib} MiB is beyond the {there}: the kernel would end the "
-            "command before it meets the limit; lower it, or take a larger machine"
-        )
+    limit = min(machine, (cgroup or MemoryEvents()).read_limit_bytes() or machine)
+    there = f"{limit // MIB} MiB that are there"
+    if wanted_mib * MIB > limit:
+        message = f"the limit of {wanted_mib} MiB is beyond the {there}: the kernel would end the "
+        message += "command before it meets the limit; lower it, or take a larger machine"
         yield Finding(WARNING, "memory", message)
     elif wanted_mib:
         yield Finding(OK, "memory", f"the command may have {wanted_mib} MiB of the {there}")
@@ -314,24 +290,35 @@ def check_memory(situation: Situation, cgroup: MemoryEvents | None = None) -> It
 
 def check_storage(situation: Situation) -> Iterator[Finding]:
     """Look at what reaches the buckets, then at the objects that are named."""
-    store = situation.connect(situation.settings)
+    settings, level = situation.settings, ERROR if situation.names_objects else WARNING
+    store = situation.connect(settings)
     is_ready = True
     if isinstance(store, S3Client):
         for warning in store.warnings:
             yield Finding(WARNING, "storage", warning)
-        yield from _check_authorities(store, situation)
-        is_ready = yield from _check_credentials(store, situation)
+        yield _judge_authorities(store, situation, level)
+        try:
+            yield Finding(OK, "credentials", store.find_credentials())
+        except RemoteError as error:
+            is_ready = False
+            yield Finding(level, "credentials", f"{error}: the run could reach no bucket")
     else:
         yield Finding(OK, "storage", "a directory: needs no network and no credentials")
     tasks = yield from _check_tasks(store, situation)
     if is_ready:
-        yield from _check_buckets(store, situation.settings, tasks)
+        inputs = [item for task in tasks for item in task.inputs]
+        places = _places_of_results(settings, tasks)
+        archives = [place for place in (settings.model, settings.ground_truth) if place]
+        buckets = [place.bucket for place in archives]
+        buckets += [item.bucket_name for item in inputs]
+        buckets += [bucket for bucket, _ in places]
+        yield from _check_buckets(store, dict.fromkeys(buckets))
         if situation.is_read_only:
             yield Finding(OK, "outputs", "writing is not tried")
         else:
-            yield from _check_writing(store, situation.settings, tasks)
-        yield from _check_archives(store, situation.settings)
-        yield from _check_inputs(store, [item for task in tasks for item in task.inputs])
+            yield from _check_writing(store, places)
+        yield from _check_archives(store, settings)
+        yield from _check_inputs(store, inputs)
 
 
 CHECKS = (
@@ -349,31 +336,19 @@ CHECKS = (
 )
 
 
-def _check_authorities(store: S3Client, situation: Situation) -> Iterator[Finding]:
+def _judge_authorities(store: S3Client, situation: Situation, level: str) -> Finding:
+    """Say what certificates are checked against; level: of a fault where TLS is needed."""
     url = configured_endpoint_url(situation.environ, {}, service="s3") or "https:"
-    level = ERROR if situation.names_objects and url.startswith("https:") else WARNING
+    level = level if url.startswith("https:") else WARNING
     try:
         count = store.trust.context().cert_store_stats()["x509"]
     except RemoteError as error:
-        yield Finding(level, "authorities", f"{error}: name another in AWS_CA_BUNDLE")
-        return
+        return Finding(level, "authorities", f"{error}: name another in AWS_CA_BUNDLE")
     source = store.trust.source.replace(carried_bundle() or "\0", "those carried by this program")
     if count or os.path.isdir(source):
-        yield Finding(OK, "authorities", f"{count} certificates, read from {source}")
-        return
+        return Finding(OK, "authorities", f"{count} certificates, read from {source}")
     advice = "install ca-certificates in the image, or name a bundle in AWS_CA_BUNDLE"
-    yield Finding(level, "authorities", f"no certificates, {store.trust.source}: {advice}")
-
-
-def _check_credentials(store: S3Client, situation: Situation) -> Generator[Finding, None, bool]:
-    """Return whether there are any."""
-    try:
-        yield Finding(OK, "credentials", store.find_credentials())
-        return True
-    except RemoteError as error:
-        level = ERROR if situation.names_objects else WARNING
-        yield Finding(level, "credentials", f"{error}: the run could reach no bucket")
-        return False
+    return Finding(level, "authorities", f"no certificates, {store.trust.source}: {advice}")
 
 
 def _check_archives(store: Store, settings: Settings) -> Iterator[Finding]:
@@ -381,12 +356,9 @@ def _check_archives(store: Store, settings: Settings) -> Iterator[Finding]:
         if location is not None:
             try:
                 size = store.head(location.bucket, location.key).size
+                yield Finding(OK, subject, f"{location} has {size} bytes")
             except ServiceError as error:
                 yield Finding(ERROR, subject, f"{error}: {UNREADABLE}")
-            else:
-                yield Finding(
-                    OK, subject, f"s3://{location.bucket}/{location.key} has {size} bytes"
-                )
     places = settings.runtime_output_bucket_name, settings.runtime_output_prefix
     if all(places):
         yield Finding(OK, "set-up result", f"goes below {f's3://{places[0]}/{places[1]}'!r}")
@@ -403,23 +375,17 @@ def _check_tasks(
         return ()
     try:
         tasks = situation.read_tasks(store)
+        yield Finding(OK, "tasks", f"{len(tasks)} in the list, which is valid")
+        return tasks
     except UsageError as error:
         for line in filter(None, str(error).splitlines()):
             yield Finding(ERROR, "tasks", line)
         return ()
-    yield Finding(OK, "tasks", f"{len(tasks)} in the list, which is valid")
-    return tasks
 
 
-def _check_buckets(
-    store: Store, settings: Settings, tasks: Sequence[InferenceTask]
-) -> Iterator[Finding]:
-    """Look at each bucket that is named."""
-    archives = [location.bucket for location in (settings.model, settings.ground_truth) if location]
-    inputs = [item.bucket_name for task in tasks for item in task.inputs]
-    outputs = [bucket for bucket, _ in _places_of_results(settings, tasks)]
+def _check_buckets(store: Store, buckets: Iterable[str]) -> Iterator[Finding]:
     good = []
-    for bucket in dict.fromkeys((*archives, *inputs, *outputs)):
+    for bucket in buckets:
         try:
             store.head_bucket(bucket)
             good.append(bucket)
@@ -433,11 +399,8 @@ def _check_buckets(
         yield Finding(OK, "buckets", f"are there: {', '.join(good)}")
 
 
-def _check_writing(
-    store: Store, settings: Settings, tasks: Sequence[InferenceTask]
-) -> Iterator[Finding]:
+def _check_writing(store: Store, places: Sequence[tuple[str, str]]) -> Iterator[Finding]:
     """Write a small object where each result goes, and remove it again."""
-    places = _places_of_results(settings, tasks)
     for bucket, prefix in places[:MOST_PREFIXES]:
         place = f"s3://{bucket}/{prefix}"
         try:
@@ -471,11 +434,10 @@ def _check_inputs(store: Store, inputs: list[InferenceIO]) -> Iterator[Finding]:
     looked_at = inputs[:MOST_INPUTS]
     found = 0
     for item in looked_at:
-        fault = _find_fault(store, item)
-        if fault is None:
-            found += 1
-        else:
+        if fault := _find_fault(store, item):
             yield fault
+        else:
+            found += 1
     others = len(inputs) - len(looked_at)
     rest = f"; the other {others} are not looked at" if others else ""
     if found:
@@ -535,7 +497,7 @@ def _find_obstacle(path: Path) -> str:
 def _find_mounts(path: Path) -> list[str]:
     """Return what is mounted below a directory: proc(5), /proc/pid/mountinfo."""
     below = f"{os.path.realpath(path)}/"
-    with open(MOUNTS, encoding="utf-8", errors="surrogateescape") as lines:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         points = [line.split(" ")[4] for line in lines]
     unescaped = [re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), p) for p in points]
     return [point for point in unescaped if point.startswith(below)]

@@ -35,9 +35,6 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
     """Say what would go wrong; 0 when nothing certainly would."""
     from shim.check import preflight  # 57 ms
 
-    text, file = arguments.tasks, arguments.file
-    is_list_given = tasklist.is_given(arguments)
-
     def connect(settings: Settings) -> Store:
         # The metadata of a machine that is none of Amazon's keep us waiting.
         limits = ("AWS_METADATA_SERVICE_TIMEOUT", "AWS_METADATA_SERVICE_NUM_ATTEMPTS")
@@ -45,19 +42,15 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
         return connect_store(settings, {**environ, **brief}, Log(level="CRITICAL"), stop)
 
     def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
-        return tasklist.parse(
-            tasklist.read_remote(file, store)
-            if file and tasklist.is_remote(file)
-            else tasklist.read_local(text, file, stop)
-        )
+        local = tasklist.read_local(arguments, stop)
+        return tasklist.read_remote(arguments.file, store) if local is None else local
 
-    log = Log(style=arguments.style)
-    findings = []
+    log, findings = Log(style=arguments.style), []
     for finding in preflight.examine(
         environ,
         cmd=tuple(arguments.cmd),
         connect=connect,
-        read_tasks=read_tasks if is_list_given else None,
+        read_tasks=read_tasks if tasklist.is_given(arguments) else None,
         is_read_only=arguments.read_only,
     ):
         stop.check()

@@ -23,16 +23,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run a list of tasks up to the first that fails."""
-    text, file = arguments.tasks, arguments.file
     if not tasklist.is_given(arguments):
         raise UsageError("One of tasks or file should be set")
-    is_remote = bool(file) and tasklist.is_remote(file)
     # What can be refused at once is refused before anything is written or contacted.
-    tasks = None if is_remote else tasklist.parse(tasklist.read_local(text, file, stop))
+    tasks = tasklist.read_local(arguments, stop)
     job = Job(environ=environ, stop=stop, title="Invoking the model", style=arguments.style)
     job.prepare()
     if tasks is None:
-        tasks = tasklist.parse(tasklist.read_remote(file, job.connect()))
+        tasks = tasklist.read_remote(arguments.file, job.connect())
     with exclusive(job.settings, job.log), job.ready() as is_ready:
         if is_ready and job.runner.run_tasks(tasks):
             job.log.info("Model invocation complete")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 from shim.contract.command import child_environment
 from shim.contract.errors import InvalidSettings, UserSafeError
@@ -22,14 +23,13 @@ from shim.http.errors import RemoteError
 from shim.log.log import Log, Style
 from shim.process.stopping import Stop
 from shim.process.users import User, image_user, is_ourselves
-from shim.runner.modes import ExecMode
+from shim.runner.modes import ExecMode, Mode
 from shim.runner.runtime import Runtime, leave_setup_result
 from shim.runner.task import Runner
 from shim.runner.user_command import UserCommand
 
-TYPE_CHECKING = False  # s3.store: 5 ms, invoke_mode: 20 ms
+TYPE_CHECKING = False  # s3.store: 5 ms
 if TYPE_CHECKING:
-    from shim.runner.invoke_mode import InvokeMode
     from shim.s3.store import Store
 
 EXPOSED_KEY_MESSAGE = (
@@ -54,6 +54,8 @@ class Job:
     ) -> None:
         self.settings = settings or read_settings(environ, stop)
         self.log = Log(level=self.settings.log_level, style=style)
+        self._environ, self._stop = environ, stop
+        self._store, self._connecting = store, threading.Lock()
         # Nothing but log lines may reach the standard streams.
         for module, hook in ((threading, "excepthook"), (sys, "unraisablehook")):
             setattr(module, hook, self._log_unhandled)
@@ -67,10 +69,12 @@ class Job:
         # With a store of our own there is nobody whom a signature has to convince.
         if store is None and self.settings.signing_key and is_ourselves(self.settings.user):
             self.log.warning(EXPOSED_KEY_MESSAGE)
-        self.connect = _Once(lambda: store or connect_store(self.settings, environ, self.log, stop))
         if self.settings.names_objects:
             self.connect()
-        mode = mode_of(self.settings)(
+        build_mode: Callable[..., Mode] = ExecMode
+        if self.settings.api_method == "invoke":
+            from shim.runner.invoke_mode import InvokeMode as build_mode  # 20 ms
+        mode = build_mode(
             command=UserCommand(
                 settings=self.settings,
                 environ=environ,
@@ -108,6 +112,14 @@ class Job:
         error = failure.exc_value or failure.exc_type()
         self.log.exception("An exception was not handled", error)
 
+    def connect(self) -> Store:
+        """Return the store, connected by whoever needs it first."""
+        with self._connecting:
+            self._store = self._store or connect_store(
+                self.settings, self._environ, self.log, self._stop
+            )
+            return self._store
+
     def prepare(self) -> None:
         """Do what the first answer to /ping need not wait for."""
         load_everything()
@@ -120,28 +132,6 @@ class Job:
             yield self._runtime.setup()
         finally:
             self._runtime.teardown()
-
-
-class _Once:
-    """The store, connected by whoever needs it first."""
-
-    def __init__(self, connect: Callable[[], Store]) -> None:
-        self._connect, self._lock = connect, threading.Lock()
-        self._store: Store | None = None
-
-    def __call__(self) -> Store:
-        with self._lock:
-            self._store = self._store or self._connect()
-            return self._store
-
-
-def mode_of(settings: Settings) -> type[ExecMode | InvokeMode]:
-    """Return the class of the API method that is set."""
-    if settings.api_method != "invoke":
-        return ExecMode
-    from shim.runner.invoke_mode import InvokeMode  # noqa: F811  20 ms
-
-    return InvokeMode
 
 
 def read_settings(environ: Mapping[str, str], stop: Stop) -> Settings:
@@ -163,9 +153,8 @@ def _leave_refusal(environ: Mapping[str, str], stop: Stop) -> None:
     if settings.runtime_output_bucket_name is not None:
         log = Log(level=settings.log_level)
         result = RuntimeSetupResult(return_code=1, user_safe_error_message=SETTINGS_MESSAGE)
-        leave_setup_result(
-            settings, lambda: connect_store(settings, environ, log, stop), result, log
-        )
+        connect = partial(connect_store, settings, environ, log, stop)
+        leave_setup_result(settings, connect, result, log)
 
 
 def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop: Stop) -> Store:
@@ -173,7 +162,10 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop
     from shim.process.process import run_helper  # 12 ms
     from shim.s3.client import connect  # 36 ms, of which ssl is half
 
-    user = _find_command_user(settings)
+    user: User | None = None  # as whom the command runs; None when nobody knows
+    with suppress(UserSafeError):
+        # Without root, it is ourselves.
+        user = image_user(settings) if os.geteuid() == 0 else User()
 
     def run_as_command(argv: list[str], timeout_seconds: float) -> bytes:
         if user is None:
@@ -192,13 +184,3 @@ def connect_store(settings: Settings, environ: Mapping[str, str], log: Log, stop
         carried_bundle=carried_bundle(),
         exposure=never_exposed if has_our_rights else find_exposure,
     )
-
-
-def _find_command_user(settings: Settings) -> User | None:
-    """Return as whom the command runs, None when nobody knows; without root, it is ourselves."""
-    if os.geteuid() != 0:
-        return User()
-    try:
-        return image_user(settings)
-    except UserSafeError:
-        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import FileIO
 
 from shim.contract.errors import InvalidFields, UsageError
@@ -40,68 +40,66 @@ def is_given(arguments: argparse.Namespace) -> bool:
     return bool(arguments.tasks or arguments.file)
 
 
-def is_remote(file: str) -> bool:
-    """Tell whether a task list is an object; UsageError when it is of another kind of URI."""
+def read_local(arguments: argparse.Namespace, stop: Stop) -> tuple[InferenceTask, ...] | None:
+    """Return the tasks given on the command line, on standard input or in a local file.
+
+    None where they are in an object. UsageError, here and below, for what is no list of tasks.
+    """
+    file = arguments.file
+    if arguments.tasks:
+        return _parse({"": os.fsencode(arguments.tasks)})
     if file.startswith(("s3://", "https://")):
-        return True
+        return None
     scheme, separator, _ = file.partition("://")
     if separator and scheme.isalnum():
         raise UsageError(
             "The value provided for file is invalid: expected s3://BUCKET/KEY, "
             f"https://BUCKET/KEY, a local path or - for standard input, found {scheme}://"
         )
-    return False
-
-
-def read_local(text: str | None, file: str, stop: Stop) -> dict[str, bytes]:
-    """Return the task list given on the command line, on standard input or in a local file."""
-    if text:
-        return {"": os.fsencode(text)}
     try:
         with open(0 if file == "-" else file, "rb", buffering=0, closefd=file != "-") as stream:
-            body = b"".join(_read_pieces(stream, stop))
+            return _parse({"": _read(stream, stop)})
     except OSError as error:
         raise _unreadable(error) from error
-    return {"": body}
 
 
-def _read_pieces(stream: FileIO, stop: Stop) -> Iterator[bytes]:
-    """Yield what a stream holds; a stop ends the wait for more."""
-    size = 0
-    while True:
+def _read(stream: FileIO, stop: Stop) -> bytes:
+    """Return what a stream holds; a stop ends the wait for more."""
+    body = bytearray()
+    while len(body) <= TASKS_LIMIT_BYTES:
         wait_readable(stop, stream)
         stop.check()
         piece = stream.read(PIECE_BYTES)
         if not piece:
-            return
-        size += len(piece)
-        if size > TASKS_LIMIT_BYTES:
-            raise UsageError(f"The task list has more than {TASKS_LIMIT_BYTES} bytes")
-        yield piece
+            return bytes(body)
+        body += piece
+    raise UsageError(f"The task list has more than {TASKS_LIMIT_BYTES} bytes")
 
 
-def read_remote(file: str, store: Store) -> dict[str, bytes]:
-    """Return the task list, or every `*.json` below a prefix by its key."""
+def read_remote(file: str, store: Store) -> tuple[InferenceTask, ...]:
+    """Return the tasks in an object, or in every `*.json` below a prefix, in the order of keys."""
     try:
         location = parse_s3_uri(file)
         bucket, key = location.bucket, location.key
         if key and not key.endswith("/"):
-            return {"": store.get(bucket, key, max_bytes=TASKS_LIMIT_BYTES)}
-        return {
-            summary.key: store.get(bucket, summary.key, max_bytes=TASKS_LIMIT_BYTES)
-            for summary in store.list(bucket, key)
-            if summary.key.endswith(".json")
-        }
+            bodies = {"": store.get(bucket, key, max_bytes=TASKS_LIMIT_BYTES)}
+        else:
+            bodies = {
+                summary.key: store.get(bucket, summary.key, max_bytes=TASKS_LIMIT_BYTES)
+                for summary in store.list(bucket, key)
+                if summary.key.endswith(".json")
+            }
     except (ValueError, RemoteError) as error:
         raise _unreadable(error) from error
+    return _parse(bodies)
 
 
 def _unreadable(error: Exception) -> UsageError:
     return UsageError(f"The value provided for file is invalid:\n\n{error}")
 
 
-def parse(bodies: Mapping[str, bytes]) -> tuple[InferenceTask, ...]:
-    """Parse one list, or several as one."""
+def _parse(bodies: Mapping[str, bytes]) -> tuple[InferenceTask, ...]:
+    """Parse one list, which has no name, or several as one."""
     try:
         tasks = parse_tasks(bodies[""]) if "" in bodies else parse_task_files(bodies)
     except InvalidFields as error:
