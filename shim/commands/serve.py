@@ -41,16 +41,14 @@ def parse_port(text: str) -> int:
 
 def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Answer SageMaker until a signal comes or the container is unhealthy."""
-    from shim.serve.protocol import build_server  # 49 ms
+    from shim.serve.protocol import Server  # 49 ms
     from shim.serve.service import Service, resolve_command_uid  # 4 ms
 
     job = Job(environ=environ, stop=stop, title="Starting the model server", style=arguments.style)
     uid = resolve_command_uid(job.settings.user)
     service = Service(runner=job.runner, log=job.log, command_uid=uid)
     try:
-        server = build_server(
-            address=(SERVE_HOST, arguments.port), application=service, log=job.log
-        )
+        server = Server((SERVE_HOST, arguments.port), application=service, log=job.log)
     except OSError as error:
         job.log.error(f"Cannot listen on port {arguments.port}: {error}")
         raise PlatformFailure(f"port {arguments.port}: {error}") from error

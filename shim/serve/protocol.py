@@ -43,7 +43,8 @@ else:
 EXECUTION_PARAMETERS = (
     b'{"MaxConcurrentTransforms":1,"BatchStrategy":"SINGLE_RECORD","MaxPayloadInMB":6}'
 )
-INVOCATIONS = "/invocations"
+PING, PARAMETERS, INVOCATIONS = "/ping", "/execution-parameters", "/invocations"
+METHODS = {PING: "GET", PARAMETERS: "GET", INVOCATIONS: "POST"}
 # Of what was found where a task is not valid.
 INPUT_LIMIT_CHARACTERS = 200
 CHUNK_LINE_LIMIT_BYTES = 256
@@ -107,9 +108,6 @@ class Limits:
     hurry_seconds: float = 0.02
 
 
-DEFAULT_LIMITS = Limits()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """A status with a JSON body or none."""
@@ -125,20 +123,6 @@ class _Refused(Exception):
     def __init__(self, status: int, detail: str = "", *fields: tuple[str, str]) -> None:
         super().__init__(status, detail, *fields)
         self.answer = _detail(status, detail or HTTPStatus(status).phrase, *fields)
-
-
-def build_server(
-    *,
-    address: tuple[str, int],
-    application: Application,
-    log: Log,
-    limits: Limits = DEFAULT_LIMITS,
-) -> Server:
-    """Return a server that listens on address; serve_forever() makes it answer.
-
-    Raises OSError when it cannot listen there.
-    """
-    return Server(address, application=application, log=log, limits=limits)
 
 
 def _detail(status: int, detail: object, *fields: tuple[str, str]) -> Answer:
@@ -197,7 +181,6 @@ class _Client(io.RawIOBase):
         self._deadline = 0.0
 
     def set_deadline(self, seconds: float) -> None:
-        """Set the deadline."""
         self._deadline = time.monotonic() + min(seconds, self.most_seconds)
 
     def readable(self) -> bool:
@@ -248,15 +231,20 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             length = self._body_length()
             self._is_unread = length != 0
-            act = self._find_route()
-            if act is ROUTES[INVOCATIONS][1]:
+            path = self._find_path()
+            if path == INVOCATIONS:
                 self._check_client()
             body = self._receive_body(length)
         except _Refused as refused:
             self._answer(refused.answer)
+            return
+        self.server.begin_answer(self.connection)
+        if path == INVOCATIONS:
+            self._invoke(body)
+        elif path == PARAMETERS:
+            self._answer(Answer(status=200, body=EXECUTION_PARAMETERS))
         else:
-            self.server.begin_answer(self.connection)
-            act(self, body)
+            self._answer(Answer(status=200 if self.server.application.is_healthy() else 503))
 
     def _receive_head(self) -> bool:
         """Read the request line and the fields; false when the client has no request."""
@@ -303,15 +291,14 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(400, "Content-Length must be one number")
         return int(lengths.pop()) if lengths else 0
 
-    def _find_route(self) -> Callable[[_Handler, bytes], None]:
+    def _find_path(self) -> str:
         # Not self.path, where a leading "//" has become "/".
         path = _ORIGIN.sub("", self.requestline.split()[1]).partition("?")[0]
-        if path not in ROUTES:
+        if path not in METHODS:
             raise _Refused(404)
-        method, act = ROUTES[path]
-        if self.command != method:
-            raise _Refused(405, "", ("Allow", method))
-        return act
+        if self.command != METHODS[path]:
+            raise _Refused(405, "", ("Allow", METHODS[path]))
+        return path
 
     def _check_client(self) -> None:
         try:
@@ -339,7 +326,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _receive_chunks(self) -> bytes:
         """Decode a body in chunks: RFC 9112, 7.1. Trailers are dropped."""
         body = bytearray()
-        while size := self._receive_chunk_size():
+        while (size := parse_chunk_size(self._receive_line(CHUNK_LINE_LIMIT_BYTES, 400))) != 0:
+            if size is None:
+                raise _Refused(400, "The size of a chunk is malformed")
             if len(body) + size > self.limits.body_bytes:
                 raise _Refused(413)
             body += self._receive_exactly(size)
@@ -351,12 +340,6 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(400, "A trailer is malformed")
             room -= len(line)
         return bytes(body)
-
-    def _receive_chunk_size(self) -> int:
-        size = parse_chunk_size(self._receive_line(CHUNK_LINE_LIMIT_BYTES, 400))
-        if size is None:
-            raise _Refused(400, "The size of a chunk is malformed")
-        return size
 
     def _receive_line(self, limit_bytes: int, too_long: int) -> bytes:
         line = self._input.readline(limit_bytes + 1)
@@ -372,16 +355,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(400, "The request is incomplete")
         return data
 
-    def ping(self) -> None:
-        """Answer GET /ping."""
-        self._answer(Answer(status=200 if self.server.application.is_healthy() else 503))
-
-    def execution_parameters(self) -> None:
-        """Answer GET /execution-parameters."""
-        self._answer(Answer(status=200, body=EXECUTION_PARAMETERS))
-
-    def invoke(self, body: bytes) -> None:
-        """Answer POST /invocations."""
+    def _invoke(self, body: bytes) -> None:
         try:
             result = self.server.application.invoke(body, self._ends())
             answer = Answer(status=200, body=result)
@@ -438,15 +412,8 @@ class _HurriedHandler(_Handler):
     def _check_client(self) -> None:
         """Nothing begins here, whoever asks."""
 
-    def invoke(self, body: bytes) -> None:
+    def _invoke(self, body: bytes) -> None:
         self._answer(_answer_to(Busy()))
-
-
-ROUTES: dict[str, tuple[str, Callable[[_Handler, bytes], None]]] = {
-    "/ping": ("GET", lambda handler, body: handler.ping()),
-    "/execution-parameters": ("GET", lambda handler, body: handler.execution_parameters()),
-    INVOCATIONS: ("POST", lambda handler, body: handler.invoke(body)),
-}
 
 
 class Server(ThreadingMixIn, TCPServer):
@@ -460,11 +427,18 @@ class Server(ThreadingMixIn, TCPServer):
     request_queue_size = 256
 
     def __init__(
-        self, address: tuple[str, int], *, application: Application, log: Log, limits: Limits
+        self,
+        address: tuple[str, int],
+        *,
+        application: Application,
+        log: Log,
+        limits: Limits | None = None,
     ) -> None:
-        self.application = application
-        self.log = log
-        self.limits = limits
+        """Listen on address; serve_forever() makes it answer.
+
+        Raises OSError when it cannot listen there.
+        """
+        self.application, self.log, self.limits = application, log, limits or Limits()
         self._changed = threading.Condition()
         self._open = 0
         # The connections on which it is the client's turn, the longest wait first.

@@ -25,7 +25,7 @@ from shim.contract.errors import InvalidTasks, NotText, Problem, ShimError, Task
 from shim.contract.tasks import parse_task
 from shim.log.log import Log
 from shim.process.sockets import Ends
-from shim.serve.protocol import Busy, Forbidden, Limits, Server, Unhealthy, build_server
+from shim.serve.protocol import Busy, Forbidden, Limits, Server, Unhealthy
 from tests.support import poll
 
 Serve = Callable[..., "Service"]
@@ -128,8 +128,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             stack.callback(os.close, fd)
             application = Application()
-            server = build_server(
-                address=("127.0.0.1", 0),
+            server = Server(
+                ("127.0.0.1", 0),
                 application=application,
                 log=Log(stdout_fd=fd, stderr_fd=fd, level="DEBUG"),
                 limits=Limits(**limits),  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from shim.contract.tasks import InferenceResult, InferenceTask
 from shim.log.log import Log
 from shim.process import sockets
 from shim.process.sockets import Client, Ends, find_client
-from shim.serve.protocol import Forbidden, Server, build_server
+from shim.serve.protocol import Forbidden, Server
 from shim.serve.service import FORBIDDEN_MESSAGE, Service, resolve_command_uid
 from tests.support import UNPRIVILEGED_UID, needs_root, poll
 
@@ -107,7 +107,7 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
     runner = FakeRunner()
     service = Service(runner=runner, log=log, command_uid=UNPRIVILEGED_UID)
     service.open()
-    server = build_server(address=("0.0.0.0", 0), application=service, log=log)
+    server = Server(("0.0.0.0", 0), application=service, log=log)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     serving = Serving(server, server.server_address[1], runner, service, tmp_path / "log")
