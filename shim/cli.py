@@ -40,34 +40,12 @@ LATE = {
     "verify": "say whether an image is patched with this program",
 }
 # What a user could mean for the command.
-COMMAND_SIGNALS = {
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGWINCH,
-    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
-}
+_REAL_TIME = range(signal.SIGRTMIN, signal.SIGRTMAX + 1)
+COMMAND_SIGNALS = {signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, *_REAL_TIME}
 # What would end us. The kernel's answers to mistakes of ours, such as SEGV, end us all the same: of
 # those it heeds no mask. Of PIPE and XFSZ a failed write tells.
-STOP_SIGNALS = {
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGABRT,
-    signal.SIGALRM,
-    signal.SIGVTALRM,
-    signal.SIGPROF,
-    signal.SIGIO,
-    signal.SIGPWR,
-    signal.SIGSTKFLT,
-    signal.SIGXCPU,
-    signal.SIGSEGV,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGTRAP,
-    signal.SIGSYS,
-}
+_ENDING = "TERM INT HUP QUIT ABRT ALRM VTALRM PROF IO PWR STKFLT XCPU SEGV BUS FPE ILL TRAP SYS"
+STOP_SIGNALS = {signal.Signals[f"SIG{name}"] for name in _ENDING.split()}
 # Whatever started us may have these ignored, as shells do for what they put in the background.
 NEVER_IGNORED = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 # Whose lines are read by people, where they go to a terminal.
@@ -160,14 +138,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     occupy_standard_streams()
     stop = Stop()
-    arguments = argparse.Namespace()
+    arguments = argparse.Namespace(command="", log_format=None)
     environ: dict[str, str] = {}
     try:
         environ = take_environment(os.environ)
         overwrite_environment()
         words = sys.argv[1:] if argv is None else argv
         build_parser(*words[:1]).parse_args(words, arguments)
-        arguments.style, arguments.take_signals = style_of(arguments), take_signals
+        is_read = arguments.command in INTERACTIVE_COMMANDS
+        arguments.style, arguments.take_signals = style_of(arguments, is_read=is_read), take_signals
         if arguments.run is not run.run:  # it enters namespaces, before there are threads
             take_signals(stop)
         return run_command(arguments, environ, stop)
@@ -175,9 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
     except Exception as error:
         write_failure(str(error) or type(error).__name__)
-        is_usage = isinstance(error, WRONG_USAGE)
-        style = usage_style(arguments, environ) if is_usage else style_of(arguments)
-        return exit_code(error, stop, Log(style=style))
+        is_read = arguments.command in INTERACTIVE_COMMANDS
+        if isinstance(error, WRONG_USAGE):  # on the platform nobody reads it from a terminal
+            is_read = not any(name.startswith(PREFIX) for name in environ)
+        return exit_code(error, stop, Log(style=style_of(arguments, is_read=is_read)))
 
 
 def run_command(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
@@ -235,22 +215,11 @@ def occupy_standard_streams() -> None:
     os.close(placeholder)
 
 
-def style_of(arguments: argparse.Namespace) -> Style:
-    """Return the form of the log lines: on the platform nobody reads them from a terminal."""
-    style: Style | None = getattr(arguments, "log_format", None)
-    is_read = getattr(arguments, "command", None) in INTERACTIVE_COMMANDS and _is_terminal()
-    return style or ("text" if is_read else "json")
-
-
-def usage_style(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Style:
-    """Return the form of wrong usage: for people at a terminal, unless it is a job's."""
-    style: Style | None = getattr(arguments, "log_format", None)
-    is_job = any(name.startswith(PREFIX) for name in environ)
-    return style or ("text" if _is_terminal() and not is_job else "json")
-
-
-def _is_terminal() -> bool:
-    return bool(sys.stdout and sys.stdout.isatty())
+def style_of(arguments: argparse.Namespace, *, is_read: bool) -> Style:
+    """Return the form of the log lines; is_read: by people, where they go to a terminal."""
+    style: Style | None = arguments.log_format
+    is_terminal = bool(sys.stdout and sys.stdout.isatty())
+    return style or ("text" if is_read and is_terminal else "json")
 
 
 def exit_code(error: Exception, stop: Stop, log: Log) -> int:

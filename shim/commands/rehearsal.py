@@ -191,11 +191,16 @@ def restoring(found: Sequence[Found]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies at a path that a run makes and changes: nothing, a link or a directory."""
+    """What lies at a path that a run makes and changes: nothing, a link or a directory.
+
+    - kind: the type of file, 0 for nothing
+    - target: of a link
+    """
 
     path: Path
-    status: os.stat_result | None
-    target: str
+    kind: int = 0
+    status: os.stat_result | None = None
+    target: str = ""
 
     @staticmethod
     def look(path: Path) -> Found:
@@ -203,29 +208,25 @@ class Found:
         try:
             status = path.lstat()
         except FileNotFoundError:
-            return Found(path, None, "")
-        return Found(path, status, os.readlink(path) if stat.S_ISLNK(status.st_mode) else "")
+            return Found(path)
+        target = os.readlink(path) if stat.S_ISLNK(status.st_mode) else ""
+        return Found(path, stat.S_IFMT(status.st_mode), status, target)
 
     def restore(self) -> None:
         """Remove what is something else by now, and make again what was there."""
         now = Found.look(self.path)
-        is_same = now.kind == self.kind and now.target == self.target
-        if now.status is not None and not is_same:
-            self.path.rmdir() if now.kind == stat.S_IFDIR else self.path.unlink()
-        if self.kind == stat.S_IFLNK and not is_same:
-            self.path.symlink_to(self.target)
-        elif self.kind == stat.S_IFDIR and not is_same:
-            self.path.mkdir()
+        if (now.kind, now.target) != (self.kind, self.target):
+            if now.kind:
+                self.path.rmdir() if now.kind == stat.S_IFDIR else self.path.unlink()
+            if self.kind == stat.S_IFLNK:
+                self.path.symlink_to(self.target)
+            elif self.kind == stat.S_IFDIR:
+                self.path.mkdir()
         if self.kind == stat.S_IFDIR and self.status is not None:
             directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             os.fchown(directory, self.status.st_uid, self.status.st_gid)
             os.fchmod(directory, stat.S_IMODE(self.status.st_mode))
             os.close(directory)
-
-    @property
-    def kind(self) -> int:
-        """The type of file, 0 for nothing."""
-        return stat.S_IFMT(self.status.st_mode) if self.status else 0
 
 
 def holds_something(path: Path) -> bool:

@@ -164,21 +164,13 @@ class Connection:
         if not is_sent and status < 300:
             raise TransportError("The server answered before it had the whole body")
         method = request.get_method()
-        response = Response(
-            self,
-            status=status,
-            reason=reason,
-            headers=headers,
-            length=body_length(method, status, headers, is_lenient=self._is_lenient),
-            may_keep=is_sent
-            and is_current
-            and "close" not in headers.get("connection", "").lower()
-            # Some servers lose step after refusing a body (s3.md section 9).
-            and (status < 300 or method in ("GET", "HEAD")),
+        length = body_length(method, status, headers, is_lenient=self._is_lenient)
+        may_keep = is_sent and is_current and "close" not in headers.get("connection", "").lower()
+        # Some servers lose step after refusing a body (s3.md section 9).
+        may_keep = may_keep and (status < 300 or method in ("GET", "HEAD"))
+        return Response(
+            self, status=status, reason=reason, headers=headers, length=length, may_keep=may_keep
         )
-        if response.remaining == 0:
-            response.end()
-        return response
 
     def _send_request(self, head: bytes, body: bytes | Body | None) -> bool:
         """Send all of it; false when the server answered, or went away, before."""
@@ -332,6 +324,8 @@ class Response:
         self._is_chunked, self._is_over = length == CHUNKED, False
         self.remaining = None if self._is_chunked else length
         self._chunk: int | None = None  # of which so much is to come; None: none has begun
+        if length == 0:
+            self.end()
 
     @property
     def has_known_end(self) -> bool:

@@ -32,7 +32,6 @@ class TlsStream:
         self._scratch = memoryview(bytearray(RECORD_BYTES))
         self._unsent = memoryview(b"")
         self._accepted = 0  # bytes of a send() that are encrypted and not all sent
-        self._outer_holds_data = sock.holds_data if isinstance(sock, TlsStream) else lambda: False
 
     def shake_hands(self) -> None:
         """Begin; that takes as long as the socket allows.
@@ -54,8 +53,9 @@ class TlsStream:
 
     def holds_data(self) -> bool:
         """Tell whether something was received that recv_into() has not returned."""
-        here = self._incoming.pending > 0 or self._tls.pending() > 0
-        return here or self._outer_holds_data()
+        if self._incoming.pending or self._tls.pending():
+            return True
+        return isinstance(self._sock, TlsStream) and self._sock.holds_data()
 
     def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
         """Receive what is there, at least a byte; 0 at the end, announced or not."""
