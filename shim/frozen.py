@@ -120,12 +120,10 @@ def remove_directories() -> None:
 
 
 def _remove_leftovers(prefix: str, parent: int, contents: set[str]) -> None:
-    listed = _open_directory(".", parent)
-    for name in os.listdir(listed):
+    for name in os.listdir(f"/proc/self/fd/{parent}"):
         if name.startswith(prefix):
             with suppress(OSError):
                 _remove_leftover(name, parent, contents)
-    os.close(listed)
 
 
 def _remove_leftover(name: str, parent: int, contents: set[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shim import cli
-from shim.commands import run
+from shim.commands import rehearsal
 from shim.contract.errors import InvalidSettings, Problem, TaskStopped, UsageError
 from shim.http.errors import RemoteError
 from shim.log.log import Log
@@ -189,7 +189,7 @@ def test_outputs_that_could_not_be_stored_are_kept(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def fail() -> None:
-        with run._scratch(Log()) as scratch:
+        with rehearsal.scratch_directory(Log()) as scratch:
             assert scratch
             (scratch / "output").mkdir()
             if is_kept:

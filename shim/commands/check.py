@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 
 from shim.commands import tasklist
 from shim.commands.job import connect_store
-from shim.contract.settings import Settings
-from shim.contract.tasks import InferenceTask
 from shim.log.log import LOG_FORMATS, Log
 from shim.process.stopping import Stop
-
-TYPE_CHECKING = False  # s3.store: 5 ms
-if TYPE_CHECKING:
-    from shim.s3.store import Store
 
 HELP = "say what would go wrong, before it does"
 
@@ -35,22 +30,17 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
     """Say what would go wrong; 0 when nothing certainly would."""
     from shim.check import preflight  # 57 ms
 
-    def connect(settings: Settings) -> Store:
-        # The metadata of a machine that is none of Amazon's keep us waiting.
-        limits = ("AWS_METADATA_SERVICE_TIMEOUT", "AWS_METADATA_SERVICE_NUM_ATTEMPTS")
-        brief = {name: "1" for name in limits if environ.get(name, "1").isdecimal()}
-        return connect_store(settings, {**environ, **brief}, Log(level="CRITICAL"), stop)
-
-    def read_tasks(store: Store) -> tuple[InferenceTask, ...]:
-        local = tasklist.read_local(arguments, stop)
-        return tasklist.read_remote(arguments.file, store) if local is None else local
-
+    # The metadata of a machine that is none of Amazon's keep us waiting.
+    limits = ("AWS_METADATA_SERVICE_TIMEOUT", "AWS_METADATA_SERVICE_NUM_ATTEMPTS")
+    brief = {name: "1" for name in limits if environ.get(name, "1").isdecimal()}
+    silent = Log(level="CRITICAL")
+    is_given = tasklist.is_given(arguments)
     log, findings = Log(style=arguments.style), []
     for finding in preflight.examine(
         environ,
         cmd=tuple(arguments.cmd),
-        connect=connect,
-        read_tasks=read_tasks if tasklist.is_given(arguments) else None,
+        connect=partial(connect_store, environ={**environ, **brief}, log=silent, stop=stop),
+        read_tasks=partial(tasklist.read, arguments, stop) if is_given else None,
         is_read_only=arguments.read_only,
     ):
         stop.check()

@@ -52,60 +52,50 @@ class Job:
         store: Store | None = None,
         style: Style = "json",
     ) -> None:
-        self.settings = settings or read_settings(environ, stop)
-        self.log = Log(level=self.settings.log_level, style=style)
+        settings = self.settings = settings or read_settings(environ, stop)
+        log = self.log = Log(level=settings.log_level, style=style)
         self._environ, self._stop = environ, stop
         self._store, self._connecting = store, threading.Lock()
         # Nothing but log lines may reach the standard streams.
         for module, hook in ((threading, "excepthook"), (sys, "unraisablehook")):
             setattr(module, hook, self._log_unhandled)
-        limit = self.settings.max_memory_mb
-        self.log.info(
-            f"Setting memory limit to {limit} MB" if limit else "Not setting a memory limit"
-        )
-        self.log.info(title)
-        for warning in self.settings.warnings:
-            self.log.warning(warning)
+        limit = settings.max_memory_mb
+        log.info(f"Setting memory limit to {limit} MB" if limit else "Not setting a memory limit")
+        log.info(title)
+        for warning in settings.warnings:
+            log.warning(warning)
         # With a store of our own there is nobody whom a signature has to convince.
-        if store is None and self.settings.signing_key and is_ourselves(self.settings.user):
-            self.log.warning(EXPOSED_KEY_MESSAGE)
-        if self.settings.names_objects:
+        if store is None and settings.signing_key and is_ourselves(settings.user):
+            log.warning(EXPOSED_KEY_MESSAGE)
+        if settings.names_objects:
             self.connect()
         build_mode: Callable[..., Mode] = ExecMode
-        if self.settings.api_method == "invoke":
+        if settings.api_method == "invoke":
             from shim.runner.invoke_mode import InvokeMode as build_mode  # 20 ms
+        # What a store reads to be connected, the user's code could write.
+        command = UserCommand(
+            settings=settings, environ=environ, log=log, stop=stop, before_start=self.connect
+        )
         mode = build_mode(
-            command=UserCommand(
-                settings=self.settings,
-                environ=environ,
-                log=self.log,
-                stop=stop,
-                # What a store reads to be connected, the user's code could write.
-                before_start=self.connect,
-            ),
-            settings=self.settings,
-            log=self.log,
-            stop=stop,
-            clock=time.monotonic,
+            command=command, settings=settings, log=log, stop=stop, clock=time.monotonic
+        )
+        workspace = Workspace(
+            input_path=settings.input_path,
+            output_path=settings.output_path,
+            linked_input_parent=settings.linked_input_parent if settings.use_linked_input else None,
+            log=log,
         )
         self.runner = Runner(
-            settings=self.settings,
+            settings=settings,
             connect=self.connect,
             mode=mode,
-            workspace=Workspace(
-                input_path=self.settings.input_path,
-                output_path=self.settings.output_path,
-                linked_input_parent=(
-                    self.settings.linked_input_parent if self.settings.use_linked_input else None
-                ),
-                log=self.log,
-            ),
-            log=self.log,
+            workspace=workspace,
+            log=log,
             stop=stop,
             keep_outputs_on_failure=store is not None,  # of somebody who can look at them
         )
         self._runtime = Runtime(
-            settings=self.settings, connect=self.connect, mode=mode, log=self.log, stop=stop
+            settings=settings, connect=self.connect, mode=mode, log=log, stop=stop
         )
 
     def _log_unhandled(self, failure: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from shim.commands.job import Job
 from shim.contract.durations import format_duration
 from shim.contract.errors import UsageError
 from shim.contract.settings import Settings
-from shim.contract.tasks import InferenceTask, result_key
+from shim.contract.tasks import result_key
 from shim.files.locks import exclusive
 from shim.http.errors import RemoteError
 from shim.log.log import LOG_FORMATS, Log
 from shim.process.stopping import Stop
-
-TYPE_CHECKING = False  # s3.store: 5 ms
-if TYPE_CHECKING:
-    from shim.s3.store import Store
 
 HELP = "run one task on local directories, without AWS"
 
@@ -52,11 +46,12 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
         holds_something,
         plan_rehearsal,
         restoring,
+        scratch_directory,
         task_paths,
     )
     from shim.s3.directory import DirectoryStore  # 6 ms
 
-    with _scratch(Log(style=arguments.style)) as scratch:
+    with scratch_directory(Log(style=arguments.style)) as scratch:
         plan = plan_rehearsal(
             Settings.from_environ(environ),
             input_directory=arguments.input,
@@ -67,7 +62,11 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
         )
         arguments.take_signals(stop)
         store = DirectoryStore.from_buckets(plan.buckets)
-        refuse_unwritable(store, plan.task, arguments.output)
+        place = result_key(plan.task.output_prefix).rpartition("/")[0]
+        try:  # what is found only after the run would be too late
+            store.probe(plan.task.output_bucket_name, f"{place}/")
+        except RemoteError as error:
+            raise UsageError(f"--output {arguments.output}: {error}") from error
         job = Job(
             environ={**environ, **plan.variables},
             stop=stop,
@@ -94,35 +93,3 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
         f"{arguments.output}, result in {arguments.output}/{result_key('/')[1:]}"
     )
     return int(result.return_code != 0)
-
-
-def refuse_unwritable(store: Store, task: InferenceTask, output: Path) -> None:
-    """Find out before the run whether its outputs and its result can be stored."""
-    place = result_key(task.output_prefix).rpartition("/")[0]
-    try:
-        store.probe(task.output_bucket_name, f"{place}/")
-    except RemoteError as error:
-        raise UsageError(f"--output {output}: {error}") from error
-
-
-@contextmanager
-def _scratch(log: Log) -> Iterator[Path | None]:
-    """Give a place for /input and /output to those who cannot make them."""
-    if os.geteuid() == 0:
-        yield None
-        return
-    from shutil import rmtree  # 6 ms, with the compressors
-    from tempfile import mkdtemp  # 1 ms
-
-    from shim.commands.rehearsal import holds_something  # 3 ms
-
-    scratch = Path(mkdtemp(prefix="sagemaker-shim-"))
-    try:
-        yield scratch
-    finally:
-        # Outputs that could not be stored are kept, whatever name they had for the command.
-        outputs = scratch / "output"
-        if holds_something(outputs):
-            log.error(f"What could not be stored is in {outputs}")
-        else:
-            rmtree(scratch, ignore_errors=True)

@@ -40,6 +40,12 @@ def is_given(arguments: argparse.Namespace) -> bool:
     return bool(arguments.tasks or arguments.file)
 
 
+def read(arguments: argparse.Namespace, stop: Stop, store: Store) -> tuple[InferenceTask, ...]:
+    """Return the tasks, wherever they are."""
+    tasks = read_local(arguments, stop)
+    return read_remote(arguments.file, store) if tasks is None else tasks
+
+
 def read_local(arguments: argparse.Namespace, stop: Stop) -> tuple[InferenceTask, ...] | None:
     """Return the tasks given on the command line, on standard input or in a local file.
 
