@@ -63,17 +63,15 @@ def plan_rehearsal(
 
     Raises UsageError for a directory that does not exist, or that the run would empty.
     """
-    source, destination = _directories(input_directory, output_directory)
-    _keep_apart(settings, source, destination)
+    source, destination = _directories(settings, input_directory, output_directory)
     if cmd:
         settings = replace(settings, entrypoint=None, cmd=cmd)
     settings = replace(settings, runtime_output_bucket_name=None, runtime_output_prefix=None)
     settings, variables = _confine(settings, scratch) if scratch else (_refuse_filled(settings), {})
+    key = f"{source.name}/"
     task = InferenceTask(
         pk=PK,
-        inputs=(
-            InferenceIO(relative_path=".", bucket_name=INPUT_BUCKET, bucket_key=f"{source.name}/"),
-        ),
+        inputs=(InferenceIO(relative_path=".", bucket_name=INPUT_BUCKET, bucket_key=key),),
         output_bucket_name=OUTPUT_BUCKET,
         output_prefix=f"{destination.name}/",
         timeout=_parse_timeout(timeout),
@@ -86,7 +84,8 @@ def plan_rehearsal(
     )
 
 
-def _directories(source: Path, destination: Path) -> tuple[Path, Path]:
+def _directories(settings: Settings, source: Path, destination: Path) -> tuple[Path, Path]:
+    """Resolve both; UsageError where the run itself makes, fills and empties one of them."""
     try:
         if not source.is_dir():
             raise UsageError(f"--input {source}: expected a directory that holds the task's inputs")
@@ -99,34 +98,29 @@ def _directories(source: Path, destination: Path) -> tuple[Path, Path]:
         raise UsageError(f"--input or --output: {error}") from error
     if source == destination or not source.name or not destination.name:
         raise UsageError("--input and --output must be two directories, neither of them /")
-    return source, destination
-
-
-def _keep_apart(settings: Settings, *directories: Path) -> None:
-    """Refuse directories that the run itself makes, fills and empties."""
     own = (
         settings.input_path,
         settings.output_path,
         settings.linked_input_parent,
         *settings.post_clean_directories,
     )
-    for directory in directories:
+    for directory in (source, destination):
         for path in own:
-            if path == directory or path in directory.parents or directory in path.parents:
+            if directory.is_relative_to(path) or path.is_relative_to(directory):
                 raise UsageError(
                     f"{directory}: expected a directory that has nothing to do with {path}, "
                     "which a run makes and empties"
                 )
+    return source, destination
 
 
 def _parse_timeout(text: str | None) -> timedelta | None:
     if text is None:
         return None
     try:
-        try:
+        with suppress(ValueError):
             return parse_duration(float(text))
-        except ValueError:
-            return parse_duration(text)
+        return parse_duration(text)
     except ValueError as error:
         raise UsageError(f"--timeout {text}: {error}") from error
 
@@ -142,6 +136,7 @@ def _confine(settings: Settings, scratch: Path) -> tuple[Settings, dict[str, str
         path.mkdir()
     is_shown = show(dict(zip(names, directories, strict=True)), root=scratch / "root")
     input_path, output_path = names if is_shown else directories
+    variables = {} if is_shown else dict(zip(PATH_VARIABLES, map(str, directories), strict=True))
     settings = replace(
         settings,
         input_path=input_path,
@@ -150,9 +145,7 @@ def _confine(settings: Settings, scratch: Path) -> tuple[Settings, dict[str, str
         writable_directories=(),
         post_clean_directories=(),
     )
-    return settings, {} if is_shown else dict(
-        zip(PATH_VARIABLES, map(str, directories), strict=True)
-    )
+    return settings, variables
 
 
 def _refuse_filled(settings: Settings) -> Settings:
@@ -165,12 +158,8 @@ def _refuse_filled(settings: Settings) -> Settings:
             raise UsageError(
                 f"{path} is not empty, and a task begins by emptying it: move its contents away"
             )
-    return replace(
-        settings,
-        post_clean_directories=tuple(
-            path for path in settings.post_clean_directories if not holds_something(path)
-        ),
-    )
+    cleaned = [path for path in settings.post_clean_directories if not holds_something(path)]
+    return replace(settings, post_clean_directories=tuple(cleaned))
 
 
 @contextmanager
@@ -194,10 +183,10 @@ def scratch_directory(log: Log) -> Iterator[Path | None]:
             rmtree(scratch, ignore_errors=True)
 
 
-def task_paths(settings: Settings) -> tuple[Path, ...]:
-    """Return what the run's task makes, or makes anew."""
+def look_around(settings: Settings) -> list[Found]:
+    """Return what is where the run's task makes something, or makes it anew."""
     linked = settings.linked_input_parent / f"{PK}-input"
-    return settings.input_path, settings.output_path, linked
+    return [Found.look(path) for path in (settings.input_path, settings.output_path, linked)]
 
 
 @contextmanager

@@ -40,19 +40,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -> int:
     """Run one task on local directories as the platform would; 0 when it succeeded."""
-    from shim.commands.rehearsal import (  # 3 ms
-        PATH_VARIABLES,
-        Found,
-        holds_something,
-        plan_rehearsal,
-        restoring,
-        scratch_directory,
-        task_paths,
-    )
+    from shim.commands import rehearsal  # 3 ms
     from shim.s3.directory import DirectoryStore  # 6 ms
 
-    with scratch_directory(Log(style=arguments.style)) as scratch:
-        plan = plan_rehearsal(
+    with rehearsal.scratch_directory(Log(style=arguments.style)) as scratch:
+        plan = rehearsal.plan_rehearsal(
             Settings.from_environ(environ),
             input_directory=arguments.input,
             output_directory=arguments.output,
@@ -75,15 +67,16 @@ def run(arguments: argparse.Namespace, environ: Mapping[str, str], stop: Stop) -
             store=store,
             style=arguments.style,
         )
-        if holds_something(arguments.output):
+        if rehearsal.holds_something(arguments.output):
             job.log.warning(f"{arguments.output} is not empty: what it holds stays in it")
         if plan.variables:
+            inputs, outputs = plan.variables
             job.log.warning(
                 "Without root, the directories of the command are elsewhere: it finds its inputs "
-                f"in ${PATH_VARIABLES[0]} and puts its outputs into ${PATH_VARIABLES[1]}"
+                f"in ${inputs} and puts its outputs into ${outputs}"
             )
-        found = [Found.look(path) for path in task_paths(plan.settings)]
-        with exclusive(job.settings, job.log), restoring(found), job.ready() as is_ready:
+        found = rehearsal.look_around(plan.settings)
+        with exclusive(job.settings, job.log), rehearsal.restoring(found), job.ready() as is_ready:
             result = job.runner.run_task(plan.task) if is_ready else None
     if result is None:
         return 1
