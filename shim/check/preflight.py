@@ -308,8 +308,7 @@ def check_storage(situation: Situation) -> Iterator[Finding]:
     if is_ready:
         inputs = [item for task in tasks for item in task.inputs]
         places = _places_of_results(settings, tasks)
-        archives = [place for place in (settings.model, settings.ground_truth) if place]
-        buckets = [place.bucket for place in archives]
+        buckets = [place.bucket for place in (settings.model, settings.ground_truth) if place]
         buckets += [item.bucket_name for item in inputs]
         buckets += [bucket for bucket, _ in places]
         yield from _check_buckets(store, dict.fromkeys(buckets))

@@ -62,7 +62,8 @@ class State(Enum):
 class Request(urllib.request.Request):
     """urllib's request, and what a connection wants to know besides.
 
-    target: as it stands in the request line; check(): ends waits by raising.
+    target: as it stands in the request line; headers: as they are sent, with host and without
+    content-length; check(): ends waits by raising.
     """
 
     def __init__(
@@ -80,7 +81,6 @@ class Request(urllib.request.Request):
         check: Callable[[], None] = unchecked,
         proxied: bool = True,
     ) -> None:
-        """headers: as they are sent, with host and without content-length."""
         server = headers.get("host") or f"{host}:{port}"
         self.url = f"{scheme}://{server}{target.partition('?')[0]}"  # for messages
         super().__init__(self.url, method=method)
@@ -187,7 +187,7 @@ class Connection:
         view, silent_seconds = memoryview(data), 0.0
         while view:
             try:
-                sent = self._stream.send(view)
+                view, silent_seconds = view[self._stream.send(view) :], 0.0
             except BlockingIOError:
                 if self._has_answer():
                     return False
@@ -196,8 +196,6 @@ class Connection:
                 raise
             except OSError:
                 return False  # what the server said before it closed is still to be read
-            else:
-                view, silent_seconds = view[sent:], 0.0
         return True
 
     def _has_answer(self) -> bool:

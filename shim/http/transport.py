@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -49,7 +50,6 @@ class Transport:
         self.trust, self._max_idle = trust, max_connections
         self._resolve_proxy = cache(proxies.resolve)
         self._idle: dict[object, list[Connection]] = {}
-        self._idle_count = 0
         self._addresses: dict[tuple[str, int], tuple[float, list[Any]]] = {}
         self._lock = threading.Lock()
         self._opener = OpenerDirector()
@@ -67,16 +67,15 @@ class Transport:
         connection = response.connection
         if connection.state is State.IDLE:
             with self._lock:
-                if self._idle_count < self._max_idle:
+                if sum(map(len, self._idle.values())) < self._max_idle:
                     self._idle.setdefault(connection.route, []).append(connection)
-                    self._idle_count += 1
                     return
         connection.close()
 
     def close(self) -> None:
         """Close the kept connections."""
         with self._lock:
-            kept, self._idle, self._idle_count = self._idle, {}, 0
+            kept, self._idle = self._idle, {}
         for connections in kept.values():
             for connection in connections:
                 connection.close()
@@ -124,10 +123,8 @@ class Transport:
             **options,
         )
         while True:
-            try:
+            with suppress(StaleConnection):  # the next kept connection, or a new one
                 return self.open(request)
-            except StaleConnection:
-                continue  # the next kept connection, or a new one
 
     def _exchange(self, request: Request) -> Response:
         scheme, host, port, is_proxied = request.route
@@ -150,7 +147,6 @@ class Transport:
                 if not connections:
                     return None
                 connection = connections.pop()
-                self._idle_count -= 1
             if connection.is_idle():
                 return connection
             connection.close()
